@@ -1,0 +1,17 @@
+"""Where a run lives: the options of the recipes room (standard library only)."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class RunOptions:
+    """One run."""
+
+    dir: str = "runs/pretrain"
+    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, export/, report/, summary.json."""
+    name: str | None = None
+    """Name of the run in Ray and in the report. None: the last part of `dir`."""
+    resume: bool = False
+    """Go on from the last checkpoint in `dir`; without it a folder that holds a run is refused."""
+    ray_address: str | None = None
+    """Ray cluster to join: `auto` or host:port. None: the one named by RAY_ADDRESS, else one is started here."""

@@ -1,0 +1,47 @@
+"""The training run: the options of the train room (standard library only)."""
+
+from dataclasses import dataclass
+
+
+@dataclass
+class TrainOptions:
+    """Workers, batch, optimiser and cadence."""
+
+    num_workers: int = 2
+    """Ray Train workers (processes; one GPU each where `gpus` is on)."""
+    gpus: bool | None = None
+    """Whether each worker takes one GPU. None: if the Ray cluster has any."""
+    cpus_per_worker: float = 1.0
+    """Logical CPUs that Ray reserves for a worker (a fraction leaves room for the data tasks on a laptop)."""
+    global_batch: int = 256
+    """G: cells of one optimiser step over all workers (cells)."""
+    micro_batch: int = 128
+    """B: cells of one lane's forward (cells); G / B lanes, one a worker."""
+    stage1_epochs: int = 3
+    """Epochs of stage 1, masked genes and cell-cell contrast (epochs)."""
+    stage2_epochs: int = 3
+    """Epochs of stage 2, all four losses (epochs)."""
+    lr: float = 1e-4
+    """Peak learning rate of the cell side, cross-attention and matching head in stage 2 (per step)."""
+    stage1_lr: float | None = None
+    """Peak learning rate of stage 1 (per step). None: `lr`."""
+    text_lr: float = 1e-5
+    """Peak learning rate of the text encoder and its projection (per step)."""
+    warmup_share: float = 0.1
+    """Share of a stage's steps over which the rate rises linearly; a cosine to zero follows (0 to 1)."""
+    weight_decay: float = 0.001
+    """AdamW weight decay (per step), not applied to biases and norms."""
+    clip: float = 1.0
+    """Global gradient norm that gradients are clipped to (L2 norm)."""
+    zero: int = 2
+    """DeepSpeed ZeRO stage: 1, 2 or 3."""
+    precision: str = "auto"
+    """`fp32`, `bf16`, or `auto` (bf16 on GPUs that have it, else fp32)."""
+    seed: int = 0
+    """Seed of weights, order, masks, draws and dropout (integer)."""
+    checkpoint_epochs: int = 1
+    """Epochs between checkpoints (epochs); a stage's last epoch always has one."""
+    evaluate_epochs: int = 1
+    """Epochs of stage 2 between zero-shot evaluations (epochs)."""
+    collective_timeout_s: float = 600.0
+    """Seconds after which a hung collective ends the worker (s)."""
