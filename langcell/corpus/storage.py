@@ -1,0 +1,70 @@
+"""Where a corpus lies: any pyarrow filesystem, every file whole or absent.
+
+A corpus folder becomes a `SubTreeFileSystem`, so that the rest of the room knows only names relative
+to it ("manifest.json") and a local folder and s3://bucket/corpus take the same road. A file is written
+under a name of its own in `unfinished/` and then moved: a reader never sees half of one, and a worker
+that dies leaves its rubbish where `prepare` sweeps it away.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import posixpath
+import uuid
+from typing import Any
+
+import pyarrow as pa
+from pyarrow import fs
+
+from langcell.errors import InputError
+
+UNFINISHED = "unfinished"
+
+
+def open_root(uri: str) -> fs.FileSystem:
+    """The filesystem whose root is the folder `uri`: a local path or any URI that pyarrow knows.
+
+    Nothing is created. Raises InputError for a URI that pyarrow cannot open.
+    """
+    if "://" not in uri:
+        return fs.SubTreeFileSystem(os.path.abspath(os.path.expanduser(uri)), fs.LocalFileSystem())
+    try:
+        base, path = fs.FileSystem.from_uri(uri)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise InputError(f"corpus.dir: {uri!r} cannot be opened: {error}") from error
+    return fs.SubTreeFileSystem(path, base)
+
+
+def write_file(root: fs.FileSystem, name: str, data: bytes | pa.Buffer) -> None:
+    """Write `data` as `name`, atomically (an existing file is replaced)."""
+    folder = posixpath.dirname(name)
+    if folder:
+        root.create_dir(folder, recursive=True)
+    root.create_dir(UNFINISHED, recursive=True)
+    temporary = f"{UNFINISHED}/{uuid.uuid4().hex}.tmp"
+    with root.open_output_stream(temporary) as stream:
+        stream.write(data)
+    root.move(temporary, name)
+
+
+def read_file(root: fs.FileSystem, name: str) -> bytes:
+    """All bytes of `name`. Raises FileNotFoundError if there is none."""
+    with root.open_input_stream(name) as stream:
+        return stream.read()
+
+
+def sizes(root: fs.FileSystem, names: list[str]) -> list[int | None]:
+    """Bytes of each file, None for one that does not exist."""
+    return [info.size if info.type == fs.FileType.File else None for info in root.get_file_info(names)]
+
+
+def digest(data: bytes | pa.Buffer) -> str:
+    """blake2b of 16 bytes, in hex."""
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+def digest_json(value: Any) -> str:
+    """`digest` of a JSON value, independent of the order of its keys."""
+    return digest(json.dumps(value, sort_keys=True, separators=(",", ":")).encode())
