@@ -104,29 +104,35 @@ class TextTable:
 
     A distinct text stands in `1 + short` consecutive rows: the full text, then its shortened
     variants (facets other than the cell type dropped; the last is the cell type alone).
-    packed: N rows; text_id: int64, sorted, one per distinct text; `related_CC`: bool, true where
-    one term is an ontology ancestor of the other (never on the diagonal).
+    packed: N rows; text_id: int64, sorted, one per distinct text; term: int64, index of each distinct
+    text's cell-type term in the corpus's sorted terms, -1 where the ontology has none; variants:
+    `1 + short`; related_CC: bool, true where one term is an ontology ancestor of the other (never on
+    the diagonal).
     """
 
     packed: Packed
     text_id: np.ndarray
+    term: np.ndarray
     variants: int
     related_CC: Tensor
 
-    def rows(self, text_id_B: np.ndarray, variant_B: np.ndarray) -> np.ndarray:
-        """Row of variant `variant_B` of each text id (int64).
+    def index(self, text_id_B: np.ndarray) -> np.ndarray:
+        """Index of each text id among the distinct texts (int64).
 
-        Raises KeyError naming an id that the table does not hold.
+        Row `index * variants + variant` of `packed` is that variant of the text. Raises KeyError
+        naming an id that the table does not hold.
         """
         index_B = np.searchsorted(self.text_id, text_id_B).clip(max=len(self.text_id) - 1)
         missing = self.text_id[index_B] != text_id_B
         if missing.any():
             raise KeyError(f"text_id {text_id_B[missing][0]} is not in the corpus's text table")
-        return index_B * self.variants + variant_B
+        return index_B
 
     def to(self, device: torch.device | str) -> TextTable:
         """The same with its tensors on `device`."""
-        return TextTable(self.packed.to(device), self.text_id, self.variants, self.related_CC.to(device))
+        return TextTable(
+            self.packed.to(device), self.text_id, self.term, self.variants, self.related_CC.to(device)
+        )
 
 
 @dataclass(frozen=True)

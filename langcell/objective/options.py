@@ -1,17 +1,18 @@
 """The four losses: the options of the objective room (standard library only)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass
 class ObjectiveOptions:
     """What is minimised."""
 
-    preset: str = "langcell"
+    preset: Literal["langcell", "paper"] = "langcell"
     """`langcell`: cells of one text share positives and ontology-related texts are no negatives. `paper`: the published objective, where each cell's own text is its only positive."""
     mask_ratio: float = 0.15
     """Share of a cell's genes chosen for masked gene modelling (0 to 1)."""
-    mgm_view: str = "own"
+    mgm_view: Literal["own", "shared"] = "own"
     """`own`: MGM has its own masked pass (three cell passes). `shared`: the masked pass is also the second view of C-C (two passes; a deviation from the paper)."""
     tau: float = 0.05
     """Temperature of the contrastive logits (positive number); the start value where it is learnt."""

@@ -1,6 +1,7 @@
 """The training run: the options of the train room (standard library only)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass
@@ -33,9 +34,9 @@ class TrainOptions:
     """AdamW weight decay (per step), not applied to biases and norms."""
     clip: float = 1.0
     """Global gradient norm that gradients are clipped to (L2 norm)."""
-    zero: int = 2
+    zero: Literal[1, 2, 3] = 2
     """DeepSpeed ZeRO stage: 1, 2 or 3."""
-    precision: str = "auto"
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`fp32`, `bf16`, or `auto` (bf16 on GPUs that have it, else fp32)."""
     seed: int = 0
     """Seed of weights, order, masks, draws and dropout (integer)."""

@@ -1,0 +1,258 @@
+"""What one Ray Train worker does: one stage, from its first micro-batch to its last checkpoint.
+
+Both stages run this loop; they differ in their losses alone. A worker owns one lane. Each step: a
+micro-batch from the rank's stream, dropout seeded by (seed, step, lane), one engine call, one
+backward, one optimiser step. No call of a module depends on rank-local data, so that ZeRO-3 never
+waits for a rank that has nothing to do. At an epoch's end: the losses on the `val` split, zero-shot
+figures from the function that the recipe hands in, a checkpoint.
+
+Shape suffixes: L losses.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import ray.train.torch
+import torch
+import torch.distributed as dist
+from deepspeed import DeepSpeedEngine
+from ray.experimental import tqdm_ray
+
+from langcell.batch import MicroBatch, TextTable
+from langcell.corpus.options import CorpusOptions
+from langcell.corpus.plan import Plan
+from langcell.corpus.stream import Position, deal_window, micro_batch, stream
+from langcell.corpus.texts import load_text_table
+from langcell.model.interop import build_model, load_tokenizer
+from langcell.model.langcell import LangCell
+from langcell.model.options import ModelOptions
+from langcell.objective.draws import key
+from langcell.objective.options import ObjectiveOptions
+from langcell.objective.stages import LOSSES, Stage
+from langcell.train import checkpoint as ckpt
+from langcell.train.engine import build_engine
+from langcell.train.metrics import Metrics
+from langcell.train.options import TrainOptions
+
+DROPOUT = 21  # purpose of the draws
+
+
+@dataclass(frozen=True)
+class StageTask:
+    """All that a worker must know to run one stage; travels to it pickled."""
+
+    stage: int
+    name: str
+    run_dir: str
+    plan: Plan
+    val_plan: Plan | None
+    first_step: int
+    """Global step at which the stage begins."""
+    vocab_size: int
+    cell_length: int
+    text_length: int
+    short_share: float
+    init: str | None
+    """model.safetensors of the stage before; None: the starting weights of `model`."""
+    model: ModelOptions
+    objective: ObjectiveOptions
+    train: TrainOptions
+    corpus: CorpusOptions
+    evaluate: Callable[[LangCell], dict[str, Any]] | None
+    """Zero-shot figures of a model in eval mode; called on every rank alike."""
+
+    @property
+    def epochs(self) -> int:
+        return self.train.stage1_epochs if self.stage == 1 else self.train.stage2_epochs
+
+    @property
+    def lr(self) -> float:
+        if self.stage == 1 and self.train.stage1_lr is not None:
+            return self.train.stage1_lr
+        return self.train.lr
+
+
+def run_stage(task: StageTask) -> None:
+    """The `train_loop_per_worker` of a stage."""
+    _Worker(task).run()
+
+
+class _Worker:
+    def __init__(self, task: StageTask) -> None:
+        self.task = task
+        context = ray.train.get_context()
+        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.device = ray.train.torch.get_device()
+        if self.device.type == "cpu":
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
+        texts = load_text_table(task.corpus.dir, load_tokenizer(task.model.text_init), task.text_length)
+        self.texts: TextTable = texts
+        self.engine = self._engine()
+        self.start = Position(0, 0)
+        latest = ray.train.get_checkpoint()
+        if latest is not None:
+            with latest.as_directory() as directory:
+                cursor = ckpt.load(self.engine, Path(directory), task.plan.hash)
+            self.start = Position(cursor.epoch, cursor.step)
+
+    def _engine(self) -> DeepSpeedEngine:
+        task = self.task
+        model = build_model(task.model, task.vocab_size, task.cell_length, task.train.seed)
+        if task.init is not None:
+            ckpt.load_weights(model, Path(task.init))
+        stage = Stage(
+            model,
+            task.objective,
+            stage=task.stage,
+            cls=task.vocab_size - 1,
+            seed=task.train.seed,
+            text_train=task.model.text_train,
+            texts=self.texts.to(self.device),
+        )
+        if task.stage == 2 and stage.text_locked:
+            stage.to(self.device).pool_table()
+        return build_engine(
+            stage, task.train, lr=task.lr, steps=task.epochs * task.plan.steps, device=self.device
+        )
+
+    def run(self) -> None:
+        task, plan = self.task, self.task.plan
+        first = self._global_step(self.start)
+        metrics = (
+            Metrics(Path(task.run_dir) / "metrics.jsonl", task.name, task.stage, first) if self.rank == 0 else None
+        )
+        total = task.epochs * plan.steps
+        bar = tqdm_ray.tqdm(total=total, desc=f"stage {task.stage}") if self.rank == 0 else None
+        if bar is not None:
+            bar.update(first - task.first_step)
+        rows: list[dict[str, float]] = []
+        waited = time.perf_counter()
+        for position, batch in self._batches():
+            began = time.perf_counter()
+            losses, tokens = self._step(batch, self._global_step(position))
+            ended = time.perf_counter()
+            seconds = ended - waited
+            row = {
+                "step": self._global_step(position),
+                "epoch": position.epoch,
+                "stage": task.stage,
+                "cells_per_s": plan.global_batch / seconds,
+                "tokens_per_s": tokens / seconds,
+                "data_wait": (began - waited) / seconds,
+                "lr": self.engine.get_lr()[0],
+                "grad_norm": float(self.engine.get_global_grad_norm()),
+            }
+            waited = ended
+            rows.append(losses)
+            if metrics is not None and bar is not None:
+                metrics.write(row, losses)
+                bar.update(1)
+            if position.step == plan.steps - 1:
+                self._end_epoch(position.epoch, rows)
+                rows = []
+                waited = time.perf_counter()
+        if metrics is not None and bar is not None:
+            metrics.close()
+            bar.close()
+
+    def _global_step(self, position: Position) -> int:
+        return self.task.first_step + position.epoch * self.task.plan.steps + position.step
+
+    def _batches(self) -> Iterator[tuple[Position, MicroBatch]]:
+        task = self.task
+        rows = stream(
+            task.corpus.dir,
+            task.plan,
+            lane=self.rank,
+            epochs=task.epochs,
+            start=self.start,
+            prefetch=task.corpus.prefetch,
+        )
+        for position, row in rows:
+            batch = micro_batch(
+                row, self.texts, epoch=position.epoch, short_share=task.short_share, seed=task.train.seed
+            )
+            yield position, batch.to(self.device)
+
+    def _step(self, batch: MicroBatch, step: int) -> tuple[dict[str, float], float]:
+        """One optimiser step; the global losses and the tokens of all ranks."""
+        torch.manual_seed(key(self.task.train.seed, step, DROPOUT + self.rank))
+        shares = self.engine(batch, step)
+        self.engine.backward(shares["total"])
+        self.engine.step()
+        return self._global(shares, float(batch.cells.tokens_T.numel()))
+
+    def _global(self, shares: dict[str, torch.Tensor], tokens: float) -> tuple[dict[str, float], float]:
+        names = LOSSES[self.task.stage]
+        values_L = torch.stack([shares[name].detach().float() for name in names])
+        values_L = torch.cat([values_L, values_L.new_tensor([tokens])])
+        dist.all_reduce(values_L)
+        *losses, total_tokens = values_L.tolist()
+        return dict(zip(names, losses, strict=True)), total_tokens
+
+    def _end_epoch(self, epoch: int, rows: list[dict[str, float]]) -> None:
+        task = self.task
+        report: dict[str, Any] = {"stage": task.stage, "epoch": epoch}
+        report |= {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        report |= self._validate()
+        last = epoch == task.epochs - 1
+        if task.evaluate is not None and not last and (epoch + 1) % task.train.evaluate_epochs == 0:
+            report |= self._evaluate()
+        if self.rank == 0:
+            figures = "  ".join(
+                f"{name} {value:.3f}" for name, value in report.items() if isinstance(value, float)
+            )
+            print(f"stage {task.stage}  epoch {epoch + 1}/{task.epochs}  {figures}", flush=True)
+        if last or (epoch + 1) % task.train.checkpoint_epochs == 0:
+            self._checkpoint(epoch, report)
+
+    @torch.no_grad()
+    def _validate(self) -> dict[str, float]:
+        """Mean losses over whole global batches of the `val` split, dropout off, the same draws each time."""
+        plan = self.task.val_plan
+        if plan is None:
+            return {}
+        self.engine.eval()
+        sums: dict[str, float] = {}
+        for window in plan.windows(0, self.rank):
+            rows = deal_window(self.task.corpus.dir, plan, window)
+            for i in range(len(rows)):
+                batch = micro_batch(
+                    rows.slice(i, 1), self.texts, epoch=0, short_share=0.0, seed=self.task.train.seed
+                )
+                losses, _ = self._global(self.engine(batch.to(self.device), 0), 0.0)
+                for name, loss in losses.items():
+                    sums[name] = sums.get(name, 0.0) + loss / plan.steps
+        self.engine.train()
+        weights = self.engine.module.weights
+        total = sum(weights[name] * loss for name, loss in sums.items())
+        return {f"val_{name}": loss for name, loss in sums.items()} | {"val_loss": total}
+
+    def _evaluate(self) -> dict[str, Any]:
+        self.engine.eval()
+        assert self.task.evaluate is not None
+        with torch.inference_mode():
+            figures = self.task.evaluate(self.engine.module.model)
+        self.engine.train()
+        return figures
+
+    def _checkpoint(self, epoch: int, report: dict[str, Any]) -> None:
+        following = Position(epoch + 1, 0)
+        cursor = ckpt.Cursor(
+            self.task.stage, following.epoch, 0, self._global_step(following), self.task.plan.hash
+        )
+        with tempfile.TemporaryDirectory() as directory:
+            ckpt.save(self.engine, Path(directory), cursor)
+            ray.train.report(
+                report,
+                checkpoint=ray.train.Checkpoint.from_directory(directory),
+                checkpoint_dir_name=f"epoch-{epoch + 1:04d}",
+            )

@@ -1,0 +1,70 @@
+"""What a run says while it runs: metrics.jsonl, and gauges on Ray's Prometheus endpoint.
+
+One JSON object a step, appended by rank 0; a resume first cuts the file back to its cursor, so that
+every step stands in it once. The gauges are what a dashboard watches: `ray_langcell_loss{loss=...}`,
+`ray_langcell_cells_per_s`, `ray_langcell_tokens_per_s`, `ray_langcell_data_wait`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from ray.util.metrics import Gauge
+
+GAUGES = {
+    "cells_per_s": "Cells trained per second, all workers",
+    "tokens_per_s": "Gene tokens trained per second, all workers",
+    "data_wait": "Share of the step's time spent waiting for data (0 to 1)",
+    "grad_norm": "Global gradient norm before clipping",
+    "lr": "Learning rate of the cell side",
+}
+
+
+class Metrics:
+    """The writer of rank 0.
+
+    path: metrics.jsonl; first_step: global step that the run goes on from.
+    """
+
+    def __init__(self, path: Path, run: str, stage: int, first_step: int) -> None:
+        cut_back(path, first_step)
+        self._file = path.open("a")
+        tags = {"run": run, "stage": str(stage)}
+        self._gauges = {name: Gauge(f"langcell_{name}", text, ("run", "stage")) for name, text in GAUGES.items()}
+        for gauge in self._gauges.values():
+            gauge.set_default_tags(tags)
+        self._loss = Gauge("langcell_loss", "Loss over the global batch", ("run", "stage", "loss"))
+        self._loss.set_default_tags(tags)
+
+    def write(self, row: dict[str, Any], losses: dict[str, float]) -> None:
+        """One step: the row goes to the file with its losses, both to the gauges."""
+        self._file.write(json.dumps({**row, **losses}) + "\n")
+        self._file.flush()
+        for name, gauge in self._gauges.items():
+            gauge.set(row[name])
+        for name, loss in losses.items():
+            self._loss.set(loss, {"loss": name})
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """All rows of a metrics.jsonl; a line that a crash left half-written is passed over."""
+    if not path.exists():
+        return []
+    lines = path.read_text().split("\n")
+    return [json.loads(line) for line in lines[:-1]]
+
+
+def cut_back(path: Path, first_step: int) -> None:
+    """Drop the rows from global step `first_step` on, atomically."""
+    if not path.exists():
+        return
+    kept = [row for row in read(path) if row["step"] < first_step]
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+    os.replace(temporary, path)
