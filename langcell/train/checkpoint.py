@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from deepspeed import DeepSpeedEngine
 from deepspeed.utils import safe_get_full_fp32_param
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -39,8 +40,9 @@ def save(engine: DeepSpeedEngine, directory: Path, cursor: Cursor) -> None:
     """Write a checkpoint into `directory`; every rank calls it, each writes its own shards."""
     engine.save_checkpoint(str(directory), tag="deepspeed", exclude_frozen_parameters=True)
     weights = whole_weights(engine.module.model, engine)
+    tau = float(engine.module.temperature())
     if torch.distributed.get_rank() == 0:
-        save_file(weights, directory / WEIGHTS)
+        save_file(weights, directory / WEIGHTS, metadata={"tau": repr(tau)})
         (directory / "cursor.json").write_text(json.dumps(asdict(cursor)))
 
 
@@ -74,6 +76,12 @@ def whole_weights(module: nn.Module, engine: DeepSpeedEngine) -> dict[str, Tenso
             whole = parameter if parameter.dtype == torch.float32 else safe_get_full_fp32_param(parameter)
         weights[name] = whole.detach().float().cpu().clone()
     return weights
+
+
+def read_tau(path: Path) -> float:
+    """The temperature that belongs to whole weights."""
+    with safe_open(path, framework="pt") as file:
+        return float(file.metadata()["tau"])
 
 
 def load_weights(module: nn.Module, path: Path) -> None:

@@ -15,7 +15,7 @@ import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -106,11 +106,13 @@ class _Worker:
     def _engine(self) -> DeepSpeedEngine:
         task = self.task
         model = build_model(task.model, task.vocab_size, task.cell_length, task.train.seed)
+        objective = task.objective
         if task.init is not None:
             ckpt.load_weights(model, Path(task.init))
+            objective = replace(objective, tau=ckpt.read_tau(Path(task.init)))
         stage = Stage(
             model,
-            task.objective,
+            objective,
             stage=task.stage,
             cls=task.vocab_size - 1,
             seed=task.train.seed,
@@ -126,9 +128,7 @@ class _Worker:
     def run(self) -> None:
         task, plan = self.task, self.task.plan
         first = self._global_step(self.start)
-        metrics = (
-            Metrics(Path(task.run_dir) / "metrics.jsonl", task.name, task.stage, first) if self.rank == 0 else None
-        )
+        metrics = Metrics(Path(task.run_dir), task.name, task.stage, first) if self.rank == 0 else None
         total = task.epochs * plan.steps
         bar = tqdm_ray.tqdm(total=total, desc=f"stage {task.stage}") if self.rank == 0 else None
         if bar is not None:
@@ -144,6 +144,7 @@ class _Worker:
                 "step": self._global_step(position),
                 "epoch": position.epoch,
                 "stage": task.stage,
+                "time": time.time(),
                 "cells_per_s": plan.global_batch / seconds,
                 "tokens_per_s": tokens / seconds,
                 "data_wait": (began - waited) / seconds,

@@ -1,7 +1,7 @@
 """What a run says while it runs: metrics.jsonl, and gauges on Ray's Prometheus endpoint.
 
 One JSON object a step, appended by rank 0; a resume first cuts the file back to its cursor, so that
-every step stands in it once. The gauges are what a dashboard watches: `ray_langcell_loss{loss=...}`,
+every step stands in it once (what was cut is counted in recoveries.jsonl). The gauges are what a dashboard watches: `ray_langcell_loss{loss=...}`,
 `ray_langcell_cells_per_s`, `ray_langcell_tokens_per_s`, `ray_langcell_data_wait`.
 """
 
@@ -14,6 +14,8 @@ from typing import Any
 
 from ray.util.metrics import Gauge
 
+METRICS = "metrics.jsonl"
+RECOVERIES = "recoveries.jsonl"
 GAUGES = {
     "cells_per_s": "Cells trained per second, all workers",
     "tokens_per_s": "Gene tokens trained per second, all workers",
@@ -26,12 +28,12 @@ GAUGES = {
 class Metrics:
     """The writer of rank 0.
 
-    path: metrics.jsonl; first_step: global step that the run goes on from.
+    directory: of the run; first_step: global step that the run goes on from.
     """
 
-    def __init__(self, path: Path, run: str, stage: int, first_step: int) -> None:
-        cut_back(path, first_step)
-        self._file = path.open("a")
+    def __init__(self, directory: Path, run: str, stage: int, first_step: int) -> None:
+        cut_back(directory, first_step)
+        self._file = (directory / METRICS).open("a")
         tags = {"run": run, "stage": str(stage)}
         self._gauges = {name: Gauge(f"langcell_{name}", text, ("run", "stage")) for name, text in GAUGES.items()}
         for gauge in self._gauges.values():
@@ -53,18 +55,23 @@ class Metrics:
 
 
 def read(path: Path) -> list[dict[str, Any]]:
-    """All rows of a metrics.jsonl; a line that a crash left half-written is passed over."""
+    """All rows of a .jsonl file; a line that a crash left half-written is passed over."""
     if not path.exists():
         return []
     lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]
 
 
-def cut_back(path: Path, first_step: int) -> None:
-    """Drop the rows from global step `first_step` on, atomically."""
-    if not path.exists():
+def cut_back(directory: Path, first_step: int) -> None:
+    """Drop the rows from global step `first_step` on, atomically, and note the recovery that asked for it."""
+    path = directory / METRICS
+    rows = read(path)
+    kept = [row for row in rows if row["step"] < first_step]
+    if len(kept) == len(rows):
         return
-    kept = [row for row in read(path) if row["step"] < first_step]
+    recovery = {"step": first_step, "steps_replayed": len(rows) - len(kept), "stopped": rows[-1]["time"]}
+    with (directory / RECOVERIES).open("a") as file:
+        file.write(json.dumps(recovery) + "\n")
     temporary = path.with_suffix(".tmp")
     temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
     os.replace(temporary, path)

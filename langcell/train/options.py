@@ -44,5 +44,7 @@ class TrainOptions:
     """Epochs between checkpoints (epochs); a stage's last epoch always has one."""
     evaluate_epochs: int = 1
     """Epochs of stage 2 between zero-shot evaluations (epochs)."""
+    max_failures: int = 2
+    """Times that a stage is restarted from its last checkpoint after a worker died (count)."""
     collective_timeout_s: float = 600.0
     """Seconds after which a hung collective ends the worker (s)."""

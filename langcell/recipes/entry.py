@@ -1,0 +1,25 @@
+"""How every job starts: parse, run one recipe, and end with an exit code that scripts can trust."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from langcell.config import Config, parse
+from langcell.errors import InputError
+
+INPUT_ERROR = 2
+
+
+def main(
+    recipe: Callable[[Config], Any], description: str, default: Path, argv: Sequence[str] | None = None
+) -> int:
+    """Exit code of a job: 0, or 2 with a message on stderr for what the user can mend."""
+    try:
+        recipe(parse(description, default, argv))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return INPUT_ERROR
+    return 0

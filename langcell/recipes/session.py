@@ -1,0 +1,61 @@
+"""Joining Ray: the cluster that is there, else one of our own on this machine.
+
+A job submitted by `ray job submit`, or started beside `ray start --head`, joins that cluster. With
+none in sight a local one is started, bound to loopback, and ended with the job. It has two logical
+CPUs at least: a trainer that holds the only one would wait for data tasks for ever.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import ray
+
+from langcell.errors import InputError
+from langcell.recipes.options import RunOptions
+
+ENVIRONMENT = {
+    # A worker's death and its reports are noticed at this cadence; 2 s a report by default.
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    # Every print of a worker would come twice.
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+
+
+@contextmanager
+def connect(options: RunOptions) -> Iterator[None]:
+    """Run the body connected to Ray. Raises InputError for an address where no cluster answers."""
+    os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
+    if ray.is_initialized():
+        yield
+        return
+    common = {
+        "logging_level": logging.WARNING,
+        "runtime_env": {"env_vars": {name: os.environ[name] for name in ENVIRONMENT}},
+    }
+    if options.ray_address != "local":
+        try:
+            ray.init(address=options.ray_address or "auto", **common)
+        except ConnectionError as error:
+            if options.ray_address is not None or "RAY_ADDRESS" in os.environ:
+                raise InputError(
+                    f"no Ray cluster answers at {options.ray_address or os.environ['RAY_ADDRESS']}: {error}"
+                ) from error
+    if not ray.is_initialized():
+        # Loopback only, so no token is needed; a token file in the home folder would surprise later starts.
+        os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        ray.init(
+            address="local",
+            num_cpus=max(2, os.cpu_count() or 1),
+            include_dashboard=True,
+            dashboard_host="127.0.0.1",
+            **common,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()
