@@ -105,8 +105,8 @@ class Manifest:
             ) from error
         if content.get("format") != FORMAT:
             raise InputError(
-                f"corpus.dir: {dir} is of corpus format {content.get('format')}, this version reads {FORMAT}: "
-                "prepare it anew."
+                f"corpus.dir: {dir} is of corpus format {content.get('format')}, this version reads "
+                f"{FORMAT}; prepare it anew."
             )
         content["blocks"] = [Block(**block) for block in content["blocks"]]
         content["files"] = [File(**file) for file in content["files"]]

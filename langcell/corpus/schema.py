@@ -4,8 +4,8 @@ A cell of a block is its sentence of genes, without padding, and three keys: the
 text (a text never travels with a cell) and the cell-type term. Parquet has no 16-bit integer and stores
 tokens as INT32; byte-stream-split sends the two empty bytes of each to zstd as runs of zeros, which
 costs 1.84 bytes a token where plain zstd takes 2.31 and the dictionary encoding that Parquet would
-choose by itself more. The term is an index into the sorted terms of the corpus, which is what the
-training step asks of it; obs alone decides that list, so it is known before a count is read.
+choose by itself more. The term is a string, so that a block can be read alone; Parquet's dictionary
+makes it small.
 """
 
 from __future__ import annotations
@@ -23,11 +23,10 @@ BLOCK_SCHEMA = pa.schema(
         pa.field("tokens", pa.list_(pa.field("element", pa.uint16(), nullable=False)), nullable=False),
         pa.field("length", pa.int32(), nullable=False),
         pa.field("text_id", pa.int64(), nullable=False),
-        pa.field("term", pa.int32(), nullable=False),
+        pa.field("term", pa.string(), nullable=False),
     ]
 )
-"""A cell: `tokens` with `<cls>` first, `length` of them; `term` is the index of its cell-type term among
-the sorted terms of the text table (`Texts.terms`), -1 where the ontology has none."""
+"""A cell: `tokens` with `<cls>` first, `length` of them; `term`: CL id of its cell type or ''."""
 
 BLOCK_ENCODING: dict[str, Any] = {
     "compression": "zstd",

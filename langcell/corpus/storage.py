@@ -2,8 +2,8 @@
 
 A corpus folder becomes a `SubTreeFileSystem`, so that the rest of the room knows only names relative
 to it ("manifest.json") and a local folder and s3://bucket/corpus take the same road. A file is written
-under a name of its own in `unfinished/` and then moved: a reader never sees half of one, and a worker
-that dies leaves its rubbish where `prepare` sweeps it away.
+beside its place, under a name of its own, and then moved: a reader never sees half of one, and what a
+worker that died leaves behind ends in `.tmp`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import posixpath
 import uuid
 from typing import Any
 
@@ -20,7 +19,10 @@ from pyarrow import fs
 
 from langcell.errors import InputError
 
-UNFINISHED = "unfinished"
+
+def absolute(uri: str) -> str:
+    """The folder `uri` by a name that holds in every process: workers have other working folders."""
+    return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
 
 
 def open_root(uri: str) -> fs.FileSystem:
@@ -29,7 +31,7 @@ def open_root(uri: str) -> fs.FileSystem:
     Nothing is created. Raises InputError for a URI that pyarrow cannot open.
     """
     if "://" not in uri:
-        return fs.SubTreeFileSystem(os.path.abspath(os.path.expanduser(uri)), fs.LocalFileSystem())
+        return fs.SubTreeFileSystem(absolute(uri), fs.LocalFileSystem())
     try:
         base, path = fs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, OSError) as error:
@@ -38,12 +40,8 @@ def open_root(uri: str) -> fs.FileSystem:
 
 
 def write_file(root: fs.FileSystem, name: str, data: bytes | pa.Buffer) -> None:
-    """Write `data` as `name`, atomically (an existing file is replaced)."""
-    folder = posixpath.dirname(name)
-    if folder:
-        root.create_dir(folder, recursive=True)
-    root.create_dir(UNFINISHED, recursive=True)
-    temporary = f"{UNFINISHED}/{uuid.uuid4().hex}.tmp"
+    """Write `data` as `name`, atomically (an existing file is replaced). Its folder must exist."""
+    temporary = f"{name}.{uuid.uuid4().hex}.tmp"
     with root.open_output_stream(temporary) as stream:
         stream.write(data)
     root.move(temporary, name)

@@ -26,6 +26,7 @@ def store(root: fs.FileSystem) -> Manifest:
     for split, rows in (("train", [4, 4, 2]), ("val", [1])):
         data = os.urandom(100 * sum(rows))
         name = f"blocks/{split}/slice-000000.parquet"
+        root.create_dir(f"blocks/{split}", recursive=True)
         write_file(root, name, data)
         blocks.append(Block(name, len(data), digest(data), split, sum(rows), rows, 7 * sum(rows)))
     write_file(root, "texts.parquet", b"texts")
@@ -100,10 +101,11 @@ def test_the_corpus_hash_depends_on_each_part_and_not_on_the_order_of_keys():
 def test_files_are_written_whole_under_relative_names_on_any_filesystem(tmp_path):
     for uri in (str(tmp_path / "a"), (tmp_path / "b").as_uri()):
         root = open_root(uri)
+        root.create_dir("blocks/train", recursive=True)
         write_file(root, "blocks/train/x.parquet", b"one")
         write_file(root, "blocks/train/x.parquet", b"two")
         assert read_file(root, "blocks/train/x.parquet") == b"two"
     assert (tmp_path / "b/blocks/train/x.parquet").read_bytes() == b"two"
-    assert list((tmp_path / "b/unfinished").iterdir()) == []
+    assert [p.name for p in (tmp_path / "b/blocks/train").iterdir()] == ["x.parquet"]
     with pytest.raises(InputError, match="cannot be opened"):
         open_root("nowhere://bucket/corpus")
