@@ -8,6 +8,7 @@ wrong is checked before Ray is started or before a worker is.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from pathlib import Path
@@ -15,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
+from langcell.cells.vocabulary import Vocabulary
 from langcell.config import Config, to_yaml
 from langcell.corpus.manifest import Manifest, library_versions
-from langcell.corpus.prepare import prepare_corpus
+from langcell.corpus.prepare import prepare
 from langcell.corpus.storage import open_root, read_file
 from langcell.errors import InputError
 from langcell.inference.tables import TABLES, Table, plan_tables
@@ -41,7 +43,15 @@ def run(config: Config) -> dict[str, Any]:
     check_text_model(config)
     directory = Path(config.run.dir).absolute()
     with connect(config.run):
-        prepared = prepare_corpus(config)
+        prepared = prepare(
+            config.census,
+            config.beta,
+            config.tokens,
+            config.text,
+            config.corpus,
+            config.eval.held_out_types,
+            config.eval.held_out_datasets,
+        )
         manifest = Manifest.read(config.corpus.dir)
         vocab_size = vocabulary_size(config)
         cell_config(config.model, vocab_size, config.tokens.max_length)
@@ -86,7 +96,7 @@ def run(config: Config) -> dict[str, Any]:
     summary = {
         **training_summary(rows, metrics.read(directory / metrics.RECOVERIES), config, plans),
         "zero_shot": zero_shot_summary(tables),
-        "corpus": prepared,
+        "corpus": dataclasses.asdict(prepared),
         "export": str(exported),
     }
     report = write_report(
@@ -94,7 +104,7 @@ def run(config: Config) -> dict[str, Any]:
         title=f"langcell: {config.run.name or directory.name}",
         metrics=rows,
         tables=tables,
-        space=joint_space(config, model, aside, tables),
+        joint_space=joint_space(config, model, aside, tables),
         config_yaml=to_yaml(config),
         versions=versions(),
         manifest=manifest_summary(manifest),
@@ -139,8 +149,6 @@ def check_text_model(config: Config) -> None:
 
 def vocabulary_size(config: Config) -> int:
     """Tokens of the corpus's vocabulary, `<cls>` included."""
-    from langcell.cells.vocabulary import Vocabulary
-
     return Vocabulary.from_json(read_file(open_root(config.corpus.dir), "vocabulary.json")).size
 
 

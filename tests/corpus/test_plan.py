@@ -86,7 +86,7 @@ def test_epochs_and_seeds_differ_and_repeat() -> None:
     assert Plan(groups, 1, 8, 4, 4).hash != plan.hash
     [first, *_] = plan.windows(0, 0)
     [again, *_] = plan.windows(1, 0)
-    assert (plan.deal(first, np.ones(16)) != plan.deal(again, np.ones(16))).any()
+    assert (plan.deal(first, np.ones(16, int)) != plan.deal(again, np.ones(16, int))).any()
 
 
 def test_a_ragged_batch_is_refused() -> None:
