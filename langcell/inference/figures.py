@@ -22,6 +22,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator
 
 from langcell.inference.tables import MEASURES, Table
@@ -30,8 +31,9 @@ HUES = ["#CC6677", "#332288", "#DDCC77", "#117733", "#88CCEE", "#882255", "#44AA
 MARKERS = "osD^vP"
 METHOD_COLOURS = {"ct": "#0072B2", "two_step": "#E69F00"}
 BASELINE_COLOUR = "#D55E00"
-INK, GREY, GRID = "#222222", "#767676", "#e3e3e3"
-STYLE: dict[str, Any] = {
+INK, GREY, LIGHT, GRID = "#222222", "#767676", "#9a9a9a", "#e3e3e3"
+HALO: dict[str, Any] = {"path_effects": [withStroke(linewidth=3.5, foreground="white")], "zorder": 5}
+STYLE: Any = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
     "axes.titlesize": 11,
@@ -116,12 +118,15 @@ def tables_bar(tables: Mapping[str, Table], measure: str = "balanced_accuracy") 
                 value = table.measures(method)[measure]
                 left = x - 0.36 + i * width
                 axes.bar(left, value, width * 0.94, align="edge", color=METHOD_COLOURS[method])
-                axes.text(left + width * 0.47, value + 0.012, f"{value:.2f}", ha="center", fontsize=9)
-            marks = [(table.chance, ":", GREY), (table.constant[measure], "-", INK)]
+                axes.text(left + width * 0.47, value + 0.012, f"{value:.2f}", ha="center", fontsize=9, **HALO)
+            marks: list[tuple[float, Any, str]] = [
+                (table.constant[measure], "-", INK),
+                (table.chance, ":", LIGHT),
+            ]
             if table.baseline is not None:
                 marks.append((table.baseline[measure], (0, (5, 2)), BASELINE_COLOUR))
             for value, style, colour in marks:
-                axes.hlines(value, x - 0.42, x + 0.42, linestyles=[style], colors=colour, linewidth=1.8)
+                axes.plot([x - 0.42, x + 0.42], [value] * 2, linestyle=style, color=colour, linewidth=1.8)
         axes.set_xticks(
             range(len(tables)),
             [f"{name.replace('_', ' ')}\n{_counts(table)}" for name, table in tables.items()],
@@ -136,7 +141,7 @@ def tables_bar(tables: Mapping[str, Table], measure: str = "balanced_accuracy") 
         ]
         handles += [
             Line2D([], [], color=INK, linewidth=1.8, label="best constant answer"),
-            Line2D([], [], color=GREY, linewidth=1.8, linestyle=":", label="chance"),
+            Line2D([], [], color=LIGHT, linewidth=1.8, linestyle=":", label="chance"),
         ]
         if any(table.baseline for table in tables.values()):
             handles.append(
@@ -203,7 +208,7 @@ def joint_space(space: JointSpace, seed: int = 0) -> Figure | None:
         for name in types:
             colour, marker = looks[name]
             at = cells_N2[own == name]
-            axes.scatter(*at.T, s=size, c=colour, marker=marker, alpha=0.75, linewidths=0)
+            axes.scatter(at[:, 0], at[:, 1], s=size, c=colour, marker=marker, alpha=0.75, linewidths=0)
         for number, (name, (x, y)) in enumerate(zip(space.text, texts_K2, strict=True), start=1):
             _star(axes, x, y, number, looks[name][0] if name in looks else "white")
         axes.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
@@ -233,18 +238,17 @@ def _star(axes: Axes, x: float, y: float, number: int, colour: str) -> None:
         textcoords="offset points",
         fontsize=9,
         fontweight="bold",
-        zorder=4,
-        bbox={"boxstyle": "round,pad=0.12", "facecolor": "white", "edgecolor": "none", "alpha": 0.75},
+        **HALO,
     )
 
 
 def _key(
     figure: Figure, space: JointSpace, types: Sequence[str], looks: Mapping[str, tuple[str, str]]
 ) -> None:
-    """The legend: types with the number of their text, then types without a text, then other texts."""
+    """The legend: cell types and texts by the number of the text, then types without one."""
     number = {name: i for i, name in enumerate(space.text, start=1)}
     handles = []
-    for name in [*types, *(text for text in space.text if text not in looks)]:
+    for name in sorted({*types, *space.text}, key=lambda name: (number.get(name, len(number) + 1), name)):
         label = f"{number[name]}  {name}" if name in number else name
         label += " (held out)" * (name in space.held_out)
         colour, marker = looks.get(name, ("white", "*"))
@@ -283,14 +287,15 @@ def _curves(metrics: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) ->
         grid = figure.subplots(tall, wide, squeeze=False)
         for axes, name in zip(grid.flat, present, strict=True):
             values = frame[["step", name]].dropna()
-            smooth = values[name].rolling(max(1, len(values) // 25), min_periods=1).median()
+            smooth = values[name].rolling(max(1, len(values) // 25), min_periods=1, center=True).median()
             axes.plot(values["step"], values[name], color="#0072B2", alpha=0.25, linewidth=0.9)
             axes.plot(values["step"], smooth, color="#0072B2", linewidth=1.8)
             judged = frame[["step", f"val_{name}"]].dropna()
             if len(judged):
                 axes.plot(*judged.to_numpy().T, "o-", color=BASELINE_COLOUR, markersize=4, label="validation")
-                axes.legend(loc="upper right")
-            for step in changes:
+                if axes is grid[0, 0]:
+                    axes.legend(loc="upper right")
+            for step in changes[changes > values["step"].min()]:
                 axes.axvline(step, color=GREY, linestyle="--", linewidth=1)
                 axes.annotate(
                     "stage 2",
@@ -309,4 +314,4 @@ def _curves(metrics: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) ->
 
 
 def _counts(table: Table) -> str:
-    return f"{len(table.rows)} cells, {len(table.candidates)} candidates"
+    return f"{len(table.rows):,} cells\n{len(table.candidates)} candidates"

@@ -75,7 +75,7 @@ class ToyOntology:
         return ToyTerm(term, label, f"A {label}.", (), self.ancestors(term))
 
     def find(self, name: str, within: list[str] | None = None) -> ToyTerm | None:
-        return self.get(next((term for term in self.parents if name in (term, self.labels.get(term))), ""))
+        return next((term for term in map(self.get, self.parents) if name in (term.id, term.label)), None)
 
     def ancestors(self, term: str) -> frozenset[str]:
         found: set[str] = set()

@@ -1,9 +1,11 @@
 import numpy as np
 import pytest
 import torch
+from transformers import BertConfig
 
 from langcell.batch import Packed
 from langcell.inference.scoring import Question, answer, zero_shot
+from langcell.model.langcell import LangCell
 
 TAU = 0.05
 
@@ -14,6 +16,19 @@ def data():
     cells = [rng.integers(0, 50, n) for n in rng.integers(2, 40, 23)]
     texts = [rng.integers(0, 50, n) for n in rng.integers(3, 12, 7)]
     return cells, texts
+
+
+@pytest.fixture
+def langcell():
+    """The real thing, two layers a side, with every bias and norm away from its start."""
+    torch.manual_seed(0)
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    config = {"vocab_size": 50, "max_position_embeddings": 64, **shape}
+    model = LangCell(BertConfig(**config), BertConfig(**config), projection=8, pooling="mean").eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
 
 
 def softmax(x):
@@ -53,6 +68,14 @@ def test_with_every_candidate_matched_it_is_the_official_form(toy, data, a, batc
     scores = score(model, data, a=a, batch_tokens=batch_tokens)
     np.testing.assert_allclose(scores.two_step_NC, official(model, *data, a), atol=2e-6)
     np.testing.assert_allclose(scores.ct_NC, official(model, *data, 1.0), atol=2e-6)
+
+
+def test_the_model_itself_gives_the_official_form(langcell, data):
+    cells, texts = data[0][:6], data[1][:4]
+    scores = score(langcell, (cells, texts), batch_tokens=64)
+    expected = official(langcell, cells, texts, 0.1)
+    assert np.ptp(expected, axis=1).min() > 1e-3  # the candidates differ
+    np.testing.assert_allclose(scores.two_step_NC, expected, atol=1e-5)
 
 
 def test_only_the_top_k_are_matched_and_pruned_ones_rank_below_by_contrast(toy, data):
