@@ -34,7 +34,7 @@ class TextOptions:
     )
     """Facets whose ontology definition follows the name."""
     ontologies: list[str] = field(default_factory=list)
-    """OBO Foundry releases (OWL or OBO; files or URLs) that definitions are taken from. Empty: the releases that CELLxGENE ships in `cellxgene-ontology-guide`."""
+    """OBO Foundry releases (OWL or OBO; files or URLs) read in place of those that CELLxGENE ships in `cellxgene-ontology-guide`, each for its own ontology."""
     short_variants: int = 3
     """Shortened variants made of each text, with facets other than the cell type dropped at random (count); the last one is the cell type alone."""
     short_share: float = 0.25
