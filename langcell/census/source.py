@@ -9,24 +9,19 @@ How a slice is read, and why (measured on one core over a Census-shaped X of 85.
   much as a full one (1.5k useful cells/s against 31k). Whole bands are read and unwanted rows
   dropped here, batch by batch; bands without a wanted cell are skipped. For the same reason slices
   are cut at the edges of bands, and inside one only where it alone exceeds the bound.
-- Buffers of 4 MiB and a budget of 256 MiB instead of the 1 GiB default: 31k instead of 14k cells/s
-  at a lower peak, about the rate of decompression alone. One thread per process for local files
-  (Ray runs a process per core); on S3 TileDB keeps its threads for I/O, which only wait.
-- Handles are opened inside the task (TileDB's threads do not survive a fork) and the collection is
-  held while its X is read (a child of a collected parent is closed).
+- obs says how many non-zeros a cell has, so each goes to its place in the CSR as it arrives: no sort,
+  8 bytes each beside TileDB's buffers, and a read that is short of one entry is noticed.
+- Handles are opened inside the task, tuned as `langcell.census.opening` says.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import pairwise
-from typing import cast
 
-import cellxgene_census
+import numba as nb
 import numpy as np
 import pyarrow as pa
 import scipy.sparse as sp
@@ -34,13 +29,14 @@ import tiledbsoma as soma
 from ray.data import Datasource, ReadTask
 from ray.data.block import BlockMetadata
 
-from langcell.census.demo import build_demo
+from langcell.census.opening import experiment_of, open_collection, reading_x, reason_of, resolve
 from langcell.census.options import CensusOptions
 from langcell.errors import InputError
 
 BAND = 2048
 """Rows of a data tile of X/raw (Census schema 2.4.0)."""
 
+_COO = ("soma_dim_0", "soma_dim_1", "soma_data")
 _TEXT = pa.dictionary(pa.int32(), pa.string())
 
 
@@ -71,9 +67,9 @@ class Census:
         Raises InputError: nothing to open at the URI or under the version, no Census layout,
         unknown organism, a filter that obs refuses or that matches no cell.
         """
-        resolved = _resolve(options)
-        collection = _open(resolved)
-        experiment = _experiment(collection, resolved)
+        resolved = resolve(options)
+        collection = open_collection(resolved)
+        experiment = experiment_of(collection, resolved)
         summary = collection["census_info"]["summary"].read().concat()
         about = dict(zip(summary["label"].to_pylist(), summary["value"].to_pylist(), strict=True))
         build = about.get("census_build_date", "")
@@ -90,7 +86,15 @@ class Census:
             "build": build,
         }
         census = cls(resolved, release, collection, experiment)
-        if not any(len(batch) for batch in census._read_obs(["soma_joinid"])):
+        try:
+            matches = any(len(batch) for batch in census._read_obs(["soma_joinid"]))
+        except soma.SOMAError as error:
+            raise InputError(
+                f"census.filter {options.filter!r} cannot be applied to obs of {resolved.uri}: "
+                f"{reason_of(error)}. It is a SOMA value filter, such as: is_primary_data == True and "
+                'tissue_general in ["blood"]'
+            ) from error
+        if not matches:
             raise InputError(
                 f"census.filter {options.filter!r} matches no cell of {resolved.uri}, {options.organism}. "
                 "Loosen it; labels and ontology ids are compared letter by letter."
@@ -141,13 +145,7 @@ class Census:
 
     def _read_obs(self, names: list[str]) -> Iterator[pa.Table]:
         wanted = self.options.filter.strip() or None
-        try:
-            yield from self._experiment.obs.read(value_filter=wanted, column_names=names)
-        except soma.SOMAError as error:
-            raise InputError(
-                f"census.filter {wanted!r} cannot be applied to obs of {self.options.uri}: {_reason(error)}. "
-                'It is a SOMA value filter, such as: is_primary_data == True and tissue_general in ["blood"]'
-            ) from error
+        return iter(self._experiment.obs.read(value_filter=wanted, column_names=names))
 
 
 @dataclass(frozen=True)
@@ -215,38 +213,50 @@ def make_slices(cells: pa.Table, max_nnz: int) -> list[Slice]:
 
 
 def read_slice(options: CensusOptions, n_vars: int, part: Slice) -> sp.csr_matrix:
-    """Raw counts of a slice: float32 CSR [len(part.cells), n_vars], rows as in `part.cells`,
-    columns in ascending order within a row.
+    """Raw counts of a slice: float32 CSR [len(part.cells), n_vars], rows as in `part.cells`, columns in
+    ascending order within a row.
 
-    Opens its own handles; `options` as `Census.options`. Peak memory is about 40 bytes per non-zero
-    of the wanted cells. Raises RuntimeError if the store gives another number of non-zeros than
-    obs promises: a part of a read must never pass for the whole.
+    Opens its own handles; `options` as `Census.options`. Raises RuntimeError if the store gives a cell
+    another number of non-zeros than obs promises: a part of a read must never pass for the whole.
     """
     joinid = part.cells["soma_joinid"].to_numpy()
-    row_of = np.full(part.stop - part.start, -1, np.int32)
-    row_of[joinid - part.start] = np.arange(len(joinid), dtype=np.int32)
-    row, column = np.empty(part.nnz, np.int32), np.empty(part.nnz, np.int32)
-    count = np.empty(part.nnz, np.float32)
-    read = 0
-    with _reading(options) as x_raw:
+    # The lengths of the rows are known, so every entry goes straight to its place.
+    offsets = np.concatenate([[0], np.cumsum(part.cells["nnz"].to_numpy())]).astype(np.int32)
+    gene, count = np.empty(offsets[-1], np.int32), np.empty(offsets[-1], np.float32)
+    cursor, more = offsets[:-1].copy(), np.zeros(len(joinid), np.int32)
+    with reading_x(options) as x_raw:
         for start, stop in _runs(joinid, part):
+            first, last = np.searchsorted(joinid, [start, stop])
+            row_of = np.full(stop - start, -1, np.int32)
+            row_of[joinid[first:last] - start] = np.arange(first, last, dtype=np.int32)
             for batch in x_raw.read((_closed(start, stop), _closed(0, n_vars))).tables():
-                rows = row_of[batch["soma_dim_0"].to_numpy() - part.start]
-                wanted = rows >= 0
-                here = int(np.count_nonzero(wanted))
-                if read + here <= part.nnz:
-                    row[read : read + here] = rows[wanted]
-                    column[read : read + here] = batch["soma_dim_1"].to_numpy()[wanted]
-                    count[read : read + here] = batch["soma_data"].to_numpy()[wanted]
-                read += here
-    if read != part.nnz:
+                cell, column, value = (batch[name].to_numpy() for name in _COO)
+                _place(cell, column, value, start, row_of, offsets, cursor, more, gene, count)
+    found = cursor - offsets[:-1] + more
+    if (wrong := np.flatnonzero(found != np.diff(offsets))).size:
+        row = wrong[0]
         raise RuntimeError(
-            f"slice {part.index}, joinids {part.start}-{part.stop - 1} of {options.uri}: read {read} "
-            f"non-zeros, obs promises {part.nnz}"
+            f"{options.uri}, slice {part.index}: cell {joinid[row]} has {found[row]} non-zeros in X/raw, "
+            f"obs promises {offsets[row + 1] - offsets[row]} ({wrong.size} such cells)"
         )
-    matrix = sp.coo_matrix((count, (row, column)), shape=(len(joinid), n_vars)).tocsr()
-    matrix.sort_indices()
+    matrix = sp.csr_matrix((count, gene, offsets), (len(joinid), n_vars))
+    matrix.sort_indices()  # a check only, where X is tiled as in a release
     return matrix
+
+
+@nb.njit(cache=True, nogil=True)
+def _place(dim_0, dim_1, data, start, row_of, offsets, cursor, more, gene, count):  # type: ignore[no-untyped-def]
+    """Puts the entries of wanted rows at the rows' cursors; counts in `more` what has no room."""
+    for i in range(len(dim_0)):
+        row = row_of[dim_0[i] - start]
+        if row < 0:
+            continue
+        at = cursor[row]
+        if at == offsets[row + 1]:
+            more[row] += 1
+            continue
+        gene[at], count[at] = dim_1[i], data[i]
+        cursor[row] = at + 1
 
 
 def _runs(joinid: np.ndarray, part: Slice) -> list[tuple[int, int]]:
@@ -312,65 +322,6 @@ def _block_bytes(part: Slice) -> int:
     return part.cells.nbytes + 12 * len(part.cells) + 8 * part.nnz
 
 
-def _resolve(options: CensusOptions) -> CensusOptions:
-    uri = options.uri
-    if uri is not None and uri != "demo" and "://" not in uri:
-        uri = os.path.abspath(uri)
-    return replace(options, uri=uri, dir=os.path.abspath(options.dir))
-
-
-def _open(options: CensusOptions) -> soma.Collection:
-    uri = options.uri
-    if uri == "demo":  # on every node that reads it, so that no shared disk is needed
-        uri = build_demo(os.path.join(options.dir, "pbmc68k_reduced"))
-    config: dict[str, int] = {"soma.init_buffer_bytes": 4 << 20, "sm.mem.total_budget": 256 << 20}
-    config["sm.compute_concurrency_level"] = 1
-    if uri is not None and ("://" not in uri or uri.startswith("file:")):
-        config["sm.io_concurrency_level"] = 1
-    try:
-        if uri is None:
-            return cellxgene_census.open_soma(census_version=options.version, tiledb_config=config)
-        return cellxgene_census.open_soma(uri=uri, tiledb_config=config)
-    except (soma.SOMAError, ValueError, OSError) as error:
-        if uri is None:
-            advice = (
-                f"census.version {options.version!r} cannot be opened: {_reason(error)}. Give the date of a "
-                "release, `stable` or `latest`, and a network that reaches it, or a copy with census.uri"
-            )
-        else:
-            advice = (
-                f"census.uri {uri}: no SOMA collection can be opened there: {_reason(error)}. Give the "
-                "folder or URI of a Census, or `demo` for the embedded one"
-            )
-        raise InputError(advice) from error
-
-
-def _experiment(collection: soma.Collection, options: CensusOptions) -> soma.Experiment:
-    try:
-        collection["census_info"]["summary"]
-        organisms = collection["census_data"]
-        if options.organism not in organisms:
-            raise InputError(
-                f"census.organism {options.organism!r} is not in {collection.uri}. "
-                f"It holds: {', '.join(sorted(organisms))}"
-            )
-        experiment = organisms[options.organism]
-        experiment.obs, experiment.ms["RNA"].var, experiment.ms["RNA"].X["raw"]
-    except (KeyError, AttributeError) as error:
-        raise InputError(
-            f"{collection.uri} is not a Census: it has no {_reason(error)}. The layout is "
-            "census_info/summary and census_data/<organism>/{obs, ms/RNA/{var, X/raw}}"
-        ) from error
-    return experiment
-
-
-@contextmanager
-def _reading(options: CensusOptions) -> Iterator[soma.SparseNDArray]:
-    with _open(options) as collection:
-        experiment = _experiment(collection, options)  # bound: its X closes with it
-        yield cast(soma.SparseNDArray, experiment.ms["RNA"].X["raw"])
-
-
 def _closed(start: int, stop: int) -> slice:
     """SOMA ranges include their end."""
     return slice(start, stop - 1)
@@ -389,8 +340,3 @@ def _encoded(column: pa.ChunkedArray) -> pa.Array:
     if pa.types.is_dictionary(column.type):
         column = column.unify_dictionaries().cast(_TEXT)
     return column.combine_chunks()
-
-
-def _reason(error: Exception) -> str:
-    """The line of a library's message that says what is wrong."""
-    return str(error).strip().splitlines()[0].strip("'\"") or type(error).__name__
