@@ -67,7 +67,7 @@ def parse(description: str, default: Path, argv: Sequence[str] | None = None) ->
         raise InputError(f"configuration: {error} (every key: --help)") from error
     config = Config(
         **{
-            room.name: room.default_factory(**vars(values[room.name]))  # type: ignore[misc]
+            room.name: room.default_factory(**vars(values[room.name]))  # type: ignore[operator, misc]
             for room in dataclasses.fields(Config)
         }
     )
@@ -89,7 +89,8 @@ def validate(config: Config) -> None:
             f"--train.global_batch {train.global_batch} / --train.micro_batch {train.micro_batch} makes "
             f"{lanes} lanes for {train.num_workers} workers. One lane a worker is what this version "
             "trains (several lanes a worker, accumulation with a global contrastive batch, come later): "
-            f"set --train.num_workers {lanes} or --train.micro_batch {train.global_batch // train.num_workers}."
+            f"set --train.num_workers {lanes}, or --train.micro_batch "
+            f"{train.global_batch // train.num_workers}."
         )
     shares = {
         "objective.mask_ratio": config.objective.mask_ratio,

@@ -25,7 +25,8 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]
     context.set_forkserver_preload(PRELOAD)
     with tempfile.TemporaryDirectory() as directory:
         processes = [
-            context.Process(target=_rank, args=(function, rank, world, directory, args)) for rank in range(world)
+            context.Process(target=_rank, args=(function, rank, world, directory, args))
+            for rank in range(world)
         ]
         for process in processes:
             process.start()

@@ -71,7 +71,8 @@ class Plan:
     def __post_init__(self) -> None:
         if self.global_batch % self.micro_batch:
             raise InputError(
-                f"train.global_batch ({self.global_batch}) is no multiple of train.micro_batch ({self.micro_batch})"
+                f"train.global_batch ({self.global_batch}) is no multiple of "
+                f"train.micro_batch ({self.micro_batch})"
             )
 
     @property

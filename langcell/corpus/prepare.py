@@ -28,6 +28,7 @@ from langcell.census.options import CensusOptions
 from langcell.census.source import Census, Slice, make_slices
 from langcell.corpus import texts as text_table
 from langcell.corpus.manifest import (
+    Block,
     File,
     Manifest,
     corpus_hash,
@@ -46,6 +47,7 @@ from langcell.text.ontology import Ontology
 from langcell.text.options import TextOptions
 
 STATE = "unfinished/state.json"
+OWN_BETA = "unfinished/beta.parquet"
 BETA, VOCABULARY = "beta.parquet", "vocabulary.json"
 
 
@@ -178,7 +180,7 @@ def prepare(
         versions=library_versions(),
     )
     manifest.write(root)
-    root.delete_dir("unfinished")
+    _sweep(root, blocks)
     return _summary(manifest, corpus.dir, started, skipped=len(whole))
 
 
@@ -206,15 +208,14 @@ def _begin(root: fs.FileSystem, dir: str, recipe: dict[str, Any], selection: str
 
 def _own_beta(root: fs.FileSystem, source: Census, var: pa.Table, slices: list[Slice]) -> Beta:
     """The medians of the train split, kept so that an interrupted run need not read X for them again."""
-    if sizes(root, [BETA]) == [None]:
-        medians = train_beta(source.options, var, slices, source.release)
-        _write_beta(root, medians)
-    return Beta.read(BETA, root)
+    if sizes(root, [OWN_BETA]) == [None]:
+        _write_beta(root, train_beta(source.options, var, slices, source.release), OWN_BETA)
+    return Beta.read(OWN_BETA, root)
 
 
-def _write_beta(root: fs.FileSystem, medians: Beta) -> None:
-    medians.write("unfinished/beta.parquet", root)
-    root.move("unfinished/beta.parquet", BETA)
+def _write_beta(root: fs.FileSystem, medians: Beta, name: str) -> None:
+    medians.write("unfinished/beta.tmp", root)
+    root.move("unfinished/beta.tmp", name)
 
 
 def _encoder(
@@ -257,9 +258,18 @@ def _write_tables(root: fs.FileSystem, texts: Texts, medians: Beta, vocabulary: 
     """Write the three small tables; what the manifest says of them."""
     write_file(root, text_table.NAME, write_texts(texts))
     write_file(root, VOCABULARY, vocabulary.to_json().encode())
-    _write_beta(root, medians)
+    _write_beta(root, medians, BETA)
     data = {name: read_file(root, name) for name in (BETA, VOCABULARY, text_table.NAME)}
     return [File(name, len(content), digest(content)) for name, content in data.items()]
+
+
+def _sweep(root: fs.FileSystem, blocks: list[Block]) -> None:
+    """Delete what dead workers left among the blocks, and the state of the run."""
+    known = {block.file for block in blocks}
+    for info in root.get_file_info(fs.FileSelector("blocks", recursive=True)):
+        if info.type == fs.FileType.File and info.path not in known:
+            root.delete_file(info.path)
+    root.delete_dir("unfinished")
 
 
 def _digest_cells(cells: pa.Table) -> str:

@@ -18,6 +18,7 @@ import hashlib
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 
 from langcell.corpus.options import CorpusOptions
@@ -103,15 +104,15 @@ class _Column:
         column = obs[name]
         if not pa.types.is_dictionary(column.type):
             column = column.dictionary_encode()
-        code_parts, names = [], [""]
+        parts, names = [np.empty(0, np.int64)], [""]
         for chunk in column.unify_dictionaries().chunks:
             names = [*chunk.dictionary.to_pylist(), ""]
-            codes = chunk.indices.cast(pa.int64()).fill_null(len(names) - 1)
-            code_parts.append(codes.to_numpy(zero_copy_only=False))
-        present, code = np.unique(np.concatenate(code_parts or [np.empty(0, np.int64)]), return_inverse=True)
+            parts.append(chunk.indices.cast(pa.int64()).fill_null(len(names) - 1).to_numpy())
+        code = np.concatenate(parts)
+        present = np.flatnonzero(np.bincount(code, minlength=len(names)))
         self.values: list[str] = sorted({names[i] for i in present})
         rank = {value: i for i, value in enumerate(self.values)}
-        self.code = np.array([rank[names[i]] for i in present], np.int64)[code]
+        self.code = np.array([rank.get(value, -1) for value in names], np.int64)[code]
 
     def rows(self, name: str, *, fold: bool = False) -> np.ndarray:
         """Whether each row has the value `name` (bool); `fold`: whatever its case."""
@@ -141,7 +142,7 @@ def _groups(obs: pa.Table, options: CorpusOptions, rest: np.ndarray) -> tuple[li
         code = np.zeros(len(rest), np.int64)
         for column in columns:
             code = code * len(column.values) + column.code[rest]
-        present, group = np.unique(code, return_inverse=True)
+        group, present = pd.factorize(code, sort=True)
         if len(present) >= max(needed, 2):
             parts = np.unravel_index(present, [len(column.values) for column in columns])
             names = zip(

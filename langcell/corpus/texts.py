@@ -29,7 +29,7 @@ from langcell.text.ontology import Ontology
 from langcell.text.options import TextOptions
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerBase
 
 NAME = "texts.parquet"
 log = logging.getLogger(__name__)
@@ -172,7 +172,7 @@ def related_terms(texts: Texts) -> torch.Tensor:
 
 
 def tokenise_texts(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerFast, max_length: int
+    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> tuple[Packed, np.ndarray]:
     """Token ids of B `texts`, special tokens included, and which were cut at `max_length` (bool [B])."""
     encoded = tokenizer(
@@ -189,7 +189,7 @@ def tokenise_texts(
     return Packed.from_sequences([encoded["input_ids"][i] for i in first_B]), pieces_B > 1
 
 
-def load_text_table(dir: str, tokenizer: PreTrainedTokenizerFast, max_length: int) -> TextTable:
+def load_text_table(dir: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TextTable:
     """The texts of the corpus in `dir`, tokenised once, as every rank holds them.
 
     max_length: most tokens of a text; full texts that are longer are cut, counted and logged.

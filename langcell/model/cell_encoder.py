@@ -30,6 +30,8 @@ def scratch_config(options: ModelOptions, vocab_size: int, max_length: int) -> B
         hidden_act="relu",  # as Geneformer
         hidden_dropout_prob=options.cell_dropout,
         attention_probs_dropout_prob=0.0,
+        # BERT's 0.02 belongs to 768 features; the same variance of a layer's output at this width.
+        initializer_range=0.02 * (768 / options.cell_width) ** 0.5,
         type_vocab_size=2,
         pad_token_id=PAD,
     )

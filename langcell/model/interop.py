@@ -158,7 +158,8 @@ def _load(module: nn.Module, state: dict[str, Tensor], path: str, new: tuple[str
     ]
     if missing or wrong:
         raise InputError(
-            f"checkpoint {path} does not fit: missing {missing[:3] or 'nothing'}, wrong shape {wrong[:3] or 'none'}"
+            f"checkpoint {path} does not fit: missing {missing[:3] or 'nothing'}, "
+            f"wrong shape {wrong[:3] or 'none'}"
         )
     module.load_state_dict({name: state[name] for name in own if name in state}, strict=False)
 
@@ -190,7 +191,9 @@ def load_export(directory: str | Path) -> tuple[LangCell, dict[str, Any]]:
         text = BertConfig.from_pretrained(directory / "text_bert")
         model = LangCell(cell, text_config(text, cell.hidden_size), config["projection"], config["pooling"])
         for name in ("cell_bert", "text_bert"):
-            _load(getattr(model, name), load_state(str(directory / name), "export"), str(directory / name), ())
+            _load(
+                getattr(model, name), load_state(str(directory / name), "export"), str(directory / name), ()
+            )
         for name in HEADS:
             _load(getattr(model, name), load_file(directory / f"{name}.safetensors"), name, ())
     except (OSError, KeyError) as error:

@@ -50,9 +50,11 @@ def attend(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, spans: Spans, scale: flo
     if q_THD.is_cuda and q_THD.dtype in (torch.float16, torch.bfloat16):
         from torch.nn.attention.varlen import varlen_attn
 
-        return varlen_attn(
+        out = varlen_attn(
             q_THD, k_SHD, v_SHD, spans.cu_q_B1, spans.cu_k_B1, spans.max_q, spans.max_k, scale=scale
         )
+        assert isinstance(out, Tensor)
+        return out
     parts = []
     for (q0, q1), (k0, k1), n in _runs(spans):
         q, k, v = (

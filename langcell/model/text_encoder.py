@@ -28,7 +28,7 @@ class TextEncoder(BertModel):
             layer.crossattention = cross
             # The layer's own gate for cross-attention; config.is_decoder stays False, or the
             # self-attention would silently turn causal.
-            layer.is_decoder = True
+            layer.is_decoder = True  # type: ignore[assignment]
         self.post_init()
 
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as dist_nn
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 
 def world() -> tuple[int, int]:
@@ -21,15 +21,29 @@ def world() -> tuple[int, int]:
     return 0, 1
 
 
+class _Gather(torch.autograd.Function):
+    """All-gather forward, sum over ranks of one's own rows backward."""
+
+    @staticmethod
+    def forward(ctx: FunctionCtx, rows_B: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows_B) for _ in range(world()[1])]
+        dist.all_gather(parts, rows_B.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: FunctionCtx, grad_G: Tensor) -> Tensor:  # type: ignore[override]
+        rank, ranks = world()
+        grad_G = grad_G.contiguous()
+        # A sum of all rows, of which a rank keeps its own: gloo has no reduce-scatter of tensors.
+        dist.all_reduce(grad_G)
+        return grad_G.chunk(ranks)[rank]
+
+
 def gather_rows(rows_B: Tensor) -> Tensor:
     """[B, ...] of every rank -> [W * B, ...], in rank order; differentiable for floating types."""
     if world()[1] == 1:
         return rows_B
-    if rows_B.is_floating_point() and rows_B.requires_grad and torch.is_grad_enabled():
-        return torch.cat(dist_nn.all_gather(rows_B.contiguous()))
-    parts = [torch.empty_like(rows_B) for _ in range(world()[1])]
-    dist.all_gather(parts, rows_B.contiguous())
-    return torch.cat(parts)
+    return _Gather.apply(rows_B)
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

@@ -32,7 +32,9 @@ class Masked:
     target_M: Tensor
 
 
-def mask_genes(cells: Packed, soma_joinid_B: Tensor, *, ratio: float, seed: int, step: int, cls: int) -> Masked:
+def mask_genes(
+    cells: Packed, soma_joinid_B: Tensor, *, ratio: float, seed: int, step: int, cls: int
+) -> Masked:
     """Choose each gene with probability `ratio`; of these 80% become `<mask>`, 10% a random gene.
 
     cls: id of `<cls>`, the last token; it and `<pad>` are never chosen.

@@ -81,7 +81,13 @@ class Pairs:
 
 
 def mine_pairs(
-    logits_GG: Tensor, relation: Relations, soma_joinid_G: Tensor, initiator_N: Tensor, *, seed: int, step: int
+    logits_GG: Tensor,
+    relation: Relations,
+    soma_joinid_G: Tensor,
+    initiator_N: Tensor,
+    *,
+    seed: int,
+    step: int,
 ) -> Pairs:
     """Three pairs per initiating row i: (i, its text), (i, a hard text), (a hard cell, its text).
 

@@ -68,7 +68,7 @@ class Stage(nn.Module):
 
     @torch.no_grad()
     def pool_table(self, rows: int = 64) -> None:
-        """Compute the locked unimodal states of every text, `rows` texts a call (the same calls on every rank)."""
+        """Compute the locked unimodal states of every text, `rows` texts a call, on every rank alike."""
         was_training = self.model.training
         self.model.eval()
         packed = self.texts.packed
@@ -111,9 +111,7 @@ class Stage(nn.Module):
             shares["ct"] = _both_ways(z_BZ, text_BZ, cells_GZ, texts_GZ, relation, row_B, tau)
             counts["ct"] = counts["cc"]
 
-            initiator_N = initiators(
-                rows.soma_joinid_G, ranks, options.ctm_cells, seed=self.seed, step=step
-            )
+            initiator_N = initiators(rows.soma_joinid_G, ranks, options.ctm_cells, seed=self.seed, step=step)
             logits_GG = ((cells_GZ @ texts_GZ.T) / tau).detach()
             pairs = mine_pairs(
                 logits_GG, relation, rows.soma_joinid_G, initiator_N, seed=self.seed, step=step

@@ -86,9 +86,7 @@ def run(config: Config) -> dict[str, Any]:
             weights = fit(task)
         assert weights is not None
     steps = (config.train.stage1_epochs + config.train.stage2_epochs) * plans.train.steps
-    exported = export(
-        config, manifest, weights, directory / "export", vocab_size=vocab_size, steps=steps
-    )
+    exported = export(config, manifest, weights, directory / "export", vocab_size=vocab_size, steps=steps)
     print("judging the exported model: five tables, contrast alone and with matching", flush=True)
     model, model_config = load_export(exported)
     tables = evaluate(config, model, model_config["tau"], aside)
@@ -185,8 +183,8 @@ def say_plan(config: Config, manifest: Manifest, plans: Plans) -> None:
     """One line on what will be trained, and on what will not be validated."""
     cells = manifest.counts["cells"]
     print(
-        f"corpus   {config.corpus.dir}: {cells['train']} cells to train on, {cells['val']} val, {cells['test']} test, "
-        f"{cells['held_out']} of held-out types; {plans.train.steps} steps an epoch, "
+        f"corpus   {config.corpus.dir}: {cells['train']} cells to train on, {cells['val']} val, "
+        f"{cells['test']} test, {cells['held_out']} of held-out types; {plans.train.steps} steps an epoch, "
         f"{plans.train.dropped} cells of its tail dropped",
         flush=True,
     )

@@ -23,6 +23,8 @@ ENVIRONMENT = {
     # Every print of a worker would come twice.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "TOKENIZERS_PARALLELISM": "false",
+    # PyTorch deprecates collectives that DeepSpeed still calls, once per process.
+    "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed",
 }
 
 
@@ -33,13 +35,12 @@ def connect(options: RunOptions) -> Iterator[None]:
     if ray.is_initialized():
         yield
         return
-    common = {
-        "logging_level": logging.WARNING,
-        "runtime_env": {"env_vars": {name: os.environ[name] for name in ENVIRONMENT}},
-    }
+    runtime_env = {"env_vars": {name: os.environ[name] for name in ENVIRONMENT}}
     if options.ray_address != "local":
         try:
-            ray.init(address=options.ray_address or "auto", **common)
+            ray.init(
+                address=options.ray_address or "auto", logging_level=logging.WARNING, runtime_env=runtime_env
+            )
         except ConnectionError as error:
             if options.ray_address is not None or "RAY_ADDRESS" in os.environ:
                 raise InputError(
@@ -48,12 +49,14 @@ def connect(options: RunOptions) -> Iterator[None]:
     if not ray.is_initialized():
         # Loopback only, so no token is needed; a token file in the home folder would surprise later starts.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+        runtime_env["env_vars"]["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody preempts this machine
         ray.init(
             address="local",
             num_cpus=max(2, os.cpu_count() or 1),
             include_dashboard=True,
             dashboard_host="127.0.0.1",
-            **common,
+            logging_level=logging.WARNING,
+            runtime_env=runtime_env,
         )
     try:
         yield

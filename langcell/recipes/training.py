@@ -61,7 +61,7 @@ def fit(task: StageTask) -> Path:
     gpus = use_gpus(task.train)
     scored = task.val_plan is not None
     trainer = TorchTrainer(
-        run_stage,
+        run_stage,  # type: ignore[arg-type]
         train_loop_config=task,  # type: ignore[arg-type]
         torch_config=TorchConfig(
             backend="nccl" if gpus else "gloo", timeout_s=int(task.train.collective_timeout_s)

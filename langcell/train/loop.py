@@ -11,6 +11,7 @@ Shape suffixes: L losses.
 
 from __future__ import annotations
 
+import logging
 import os
 import tempfile
 import time
@@ -169,6 +170,8 @@ class _Worker:
 
     def _batches(self) -> Iterator[tuple[Position, MicroBatch]]:
         task = self.task
+        for chatty in ("ray.train", "ray.data"):
+            logging.getLogger(chatty).setLevel(logging.WARNING)
         rows = stream(
             task.corpus.dir,
             task.plan,

@@ -35,7 +35,9 @@ class Metrics:
         cut_back(directory, first_step)
         self._file = (directory / METRICS).open("a")
         tags = {"run": run, "stage": str(stage)}
-        self._gauges = {name: Gauge(f"langcell_{name}", text, ("run", "stage")) for name, text in GAUGES.items()}
+        self._gauges = {
+            name: Gauge(f"langcell_{name}", text, ("run", "stage")) for name, text in GAUGES.items()
+        }
         for gauge in self._gauges.values():
             gauge.set_default_tags(tags)
         self._loss = Gauge("langcell_loss", "Loss over the global batch", ("run", "stage", "loss"))

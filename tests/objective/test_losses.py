@@ -17,7 +17,9 @@ from tests.objective import toy
 
 
 def _unit(rows: int, seed: int) -> torch.Tensor:
-    return F.normalize(torch.randn(rows, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64))
+    return F.normalize(
+        torch.randn(rows, 5, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    )
 
 
 def _rows(batch: object) -> Rows:
@@ -140,7 +142,7 @@ def test_uniform_is_uniform() -> None:
     drawn = draws.uniform(draws.hashed(3, torch.arange(20_000))).sort().values
     distance = (drawn - (torch.arange(20_000) + 0.5) / 20_000).abs().max()
     assert float(distance) < 1.95 / math.sqrt(20_000)
-    assert 0 < drawn[0]
+    assert drawn[0] > 0
     assert drawn[-1] < 1
 
 

@@ -93,7 +93,11 @@ def test_draws_do_not_depend_on_the_order_of_rows(made: tuple[Rows, torch.Tensor
 def test_hard_draws_follow_exp_of_the_logits() -> None:
     """Over 4,000 steps the share of each column is its softmax weight, within 4 standard errors."""
     rows = Rows(
-        torch.arange(4), torch.arange(4), torch.full((4,), -1), torch.arange(4), torch.zeros(4, dtype=torch.bool)
+        torch.arange(4),
+        torch.arange(4),
+        torch.full((4,), -1),
+        torch.arange(4),
+        torch.zeros(4, dtype=torch.bool),
     )
     relation = relations(rows, torch.zeros(0, 0, dtype=torch.bool), paper=False)
     logits = torch.tensor([[9.0, 0.0, 1.0, 2.0], [0.5, 9.0, 0, 0], [1.5, 0, 9.0, 0], [2.5, 0, 0, 9.0]])
@@ -105,7 +109,9 @@ def test_hard_draws_follow_exp_of_the_logits() -> None:
         cells[pairs.cell_P[2]] += 1
     for counts, row in ((texts, logits[0]), (cells, logits[:, 0])):
         expected = torch.cat([torch.zeros(1), row[1:].softmax(0)])
-        assert ((counts / steps - expected).abs() < 4 * (expected * (1 - expected) / steps).sqrt() + 1e-9).all()
+        assert (
+            (counts / steps - expected).abs() < 4 * (expected * (1 - expected) / steps).sqrt() + 1e-9
+        ).all()
 
 
 def test_seeded_subset_takes_the_same_number_of_each_lane() -> None:
