@@ -46,9 +46,10 @@ $(VENV)/.demo $(VENV)/.dev: $(VENV)/.%: $(VENV)/.python pyproject.toml $(LOCK)
 # Newest versions that pyproject.toml admits, installed afresh and written down. The torch pin is kept
 # by hand and without a build's local part (+cpu, +cu130), so that every build of it satisfies it.
 lock: $(VENV)/.python
-	d=$$(mktemp -d) && grep '^torch==' $(LOCK) > $$d/torch.txt \
-	&& $(PYTHON) -m venv $$d/venv && $$d/venv/bin/python -m pip install --quiet -c $$d/torch.txt -e '.[dev]' \
-	&& { grep '^#' $(LOCK); $$d/venv/bin/python -m pip freeze --exclude langcell | sed 's/+cpu$$//'; } > $$d/lock.txt \
+	d=$$(mktemp -d) && grep '^torch==' $(LOCK) > $$d/torch.txt && $(PYTHON) -m venv $$d/venv \
+	&& $$d/venv/bin/python -m pip install --quiet -c $$d/torch.txt -e '.[dev]' \
+	&& grep '^#' $(LOCK) > $$d/lock.txt && $$d/venv/bin/python -m pip freeze --all \
+		--exclude langcell --exclude pip --exclude wheel | sed 's/^\(torch==[0-9.]*\).*/\1/' >> $$d/lock.txt \
 	&& cp $$d/lock.txt $(LOCK) && rm -r $$d
 
 # Runs and corpora (runs/) are never removed.

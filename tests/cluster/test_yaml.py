@@ -83,7 +83,9 @@ def test_nothing_listens_without_a_token(config: dict[str, Any]) -> None:
         assert len(lines) == 1
         assert "RAY_AUTH_MODE=token ray start" in lines[0], role
     assert re.findall(r"--dashboard-host=(\S+)", starts["head"][0]) == ["127.0.0.1"]
-    assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"], "jobs are drivers: they need it too"
+    assert "--env RAY_AUTH_MODE=token" in config["docker"]["run_options"], (
+        "jobs are drivers: they need it too"
+    )
     assert config["file_mounts"] == {"/home/ray/.ray/auth_token": "~/.ray/auth_token"}
 
 

@@ -61,9 +61,12 @@ def test_sources_exist_and_reach_the_builder() -> None:
         *sources, _ = shlex.split(arguments)
         for source in sources:
             assert f"!{source}" in ignore
-            assert subprocess.run(
-                ["git", "ls-files", "--error-unmatch", source], cwd=ROOT, capture_output=True, check=False
-            ).returncode == 0, f"{source} is not in the repository"
+            assert (
+                subprocess.run(
+                    ["git", "ls-files", "--error-unmatch", source], cwd=ROOT, capture_output=True, check=False
+                ).returncode
+                == 0
+            ), f"{source} is not in the repository"
 
 
 def test_installs_from_the_lock_file_and_runs_as_a_user() -> None:
@@ -107,4 +110,6 @@ def test_lock_file_holds_every_dependency_at_a_version_the_project_admits() -> N
         if name == PROJECT:
             continue
         assert name in locked, f"{needed} is not in {LOCK.name}: make lock"
-        assert needed.specifier.contains(locked[name], prereleases=True), f"{needed}: {locked[name]} is locked"
+        assert needed.specifier.contains(locked[name], prereleases=True), (
+            f"{needed}: {locked[name]} is locked"
+        )
