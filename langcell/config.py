@@ -53,7 +53,9 @@ def parse(description: str, default: Path, argv: Sequence[str] | None = None) ->
     """
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     argv = list(sys.argv[1:] if argv is None else argv)
-    parser = ArgumentParser(description=description, default_env=False, exit_on_error=False)
+    parser = ArgumentParser(
+        description=description, default_env=False, exit_on_error=False, allow_abbrev=False
+    )
     parser.add_argument(
         "--config", action="config", help=f"YAML preset; overrides follow it. Default: {default.name}"
     )
