@@ -61,10 +61,12 @@ LOSSES = {
 RATES = {
     "cells_per_s": "Cells per second",
     "tokens_per_s": "Cell tokens per second",
-    "data_wait": "Share of the step spent waiting for data",
+    "data_wait": "Data wait (share of the step)",
 }
 MOST_TYPES = 40
 """Rows, and columns, of a confusion matrix that a reader can still tell apart."""
+MAP_POINTS = np.array([520, 410])
+"""About the size of the map on paper (points), for the places of the stars' numbers."""
 FEWEST_CELLS = 12
 """Cells below which a UMAP has no neighbourhoods to show."""
 
@@ -209,8 +211,10 @@ def joint_space(space: JointSpace, seed: int = 0) -> Figure | None:
             colour, marker = looks[name]
             at = cells_N2[own == name]
             axes.scatter(at[:, 0], at[:, 1], s=size, c=colour, marker=marker, alpha=0.75, linewidths=0)
-        for number, (name, (x, y)) in enumerate(zip(space.text, texts_K2, strict=True), start=1):
-            _star(axes, x, y, number, looks[name][0] if name in looks else "white")
+        for name, (x, y) in zip(space.text, texts_K2, strict=True):
+            colour = looks[name][0] if name in looks else "white"
+            axes.scatter(x, y, s=330, marker="*", c=colour, edgecolors=INK, linewidths=0.9, zorder=3)
+        _number(axes, texts_K2)
         axes.set(xticks=[], yticks=[], xlabel="UMAP 1", ylabel="UMAP 2")
         _key(figure, space, types, looks)
     return figure
@@ -229,17 +233,30 @@ def _umap(space: JointSpace, seed: int) -> tuple[np.ndarray, np.ndarray]:
     return cells_N2, texts_K2
 
 
-def _star(axes: Axes, x: float, y: float, number: int, colour: str) -> None:
-    axes.scatter(x, y, s=330, marker="*", c=colour, edgecolors=INK, linewidths=0.9, zorder=3)
-    axes.annotate(
-        str(number),
-        (x, y),
-        xytext=(8, 7),
-        textcoords="offset points",
-        fontsize=9,
-        fontweight="bold",
-        **HALO,
-    )
+def _number(axes: Axes, stars_K2: np.ndarray) -> None:
+    """Write 1, 2, ... beside the stars, each in the freest of the places around its own."""
+    low, high = np.array(axes.dataLim.min), np.array(axes.dataLim.max)
+    points_K2 = (stars_K2 - low) / np.maximum(high - low, 1e-9) * MAP_POINTS
+    angles = np.linspace(0, 2 * np.pi, 16, endpoint=False) + np.pi / 4
+    around = np.stack([np.cos(angles), np.sin(angles)], axis=1)
+    offsets = np.concatenate([around * 14, around * 26, around * 40])  # near places first
+    taken = list(points_K2)
+    for number, (star, point) in enumerate(zip(stars_K2, points_K2, strict=True), start=1):
+        room = [min(np.linalg.norm(point + offset - other) for other in taken) for offset in offsets]
+        offset = offsets[np.argmax(np.minimum(room, 13))]
+        taken.append(point + offset)
+        axes.annotate(
+            str(number),
+            star,
+            xytext=offset,
+            textcoords="offset points",
+            ha="center",
+            va="center",
+            fontsize=9,
+            fontweight="bold",
+            arrowprops={"arrowstyle": "-", "color": GREY, "linewidth": 0.8, "shrinkA": 3, "shrinkB": 8},
+            **HALO,
+        )
 
 
 def _key(

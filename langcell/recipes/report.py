@@ -144,7 +144,7 @@ def _number(value: float | str) -> str:
         return value
     if isinstance(value, int) or abs(value) >= 1000:
         return f"{value:,.0f}"
-    return f"{value:.4g}"
+    return f"{value:.3g}"
 
 
 def _png(figure: Figure) -> bytes:
