@@ -83,6 +83,10 @@ class Packed:
 
     def select(self, rows_K: Tensor) -> Packed:
         """Sequences `rows_K` (int64, repeats allowed), packed in that order."""
+        return self.select_with(rows_K, self.tokens_T)[0]
+
+    def select_with(self, rows_K: Tensor, states_T: Tensor) -> tuple[Packed, Tensor]:
+        """`select`, and the same tokens' rows of `states_T` [T, ...]."""
         lengths_K = self.lengths_B.long()[rows_K]
         cu_K1 = torch.zeros(rows_K.numel() + 1, dtype=torch.int64, device=rows_K.device)
         cu_K1[1:] = lengths_K.cumsum(0)
@@ -91,7 +95,8 @@ class Packed:
         index_T = torch.arange(total, device=rows_K.device) + torch.repeat_interleave(
             shift_K, lengths_K, output_size=total
         )
-        return Packed(self.tokens_T[index_T], cu_K1.int(), int(lengths_K.max()) if rows_K.numel() else 0)
+        longest = int(lengths_K.max()) if rows_K.numel() else 0
+        return Packed(self.tokens_T[index_T], cu_K1.int(), longest), states_T[index_T]
 
     def to(self, device: torch.device | str) -> Packed:
         """The same on `device`."""

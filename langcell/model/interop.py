@@ -34,6 +34,8 @@ def build_model(options: ModelOptions, vocab_size: int, max_length: int, seed: i
     """
     torch.manual_seed(seed)
     text = load_config(text_path(options.text_init), "model.text_init")
+    if options.text_train == "projection":
+        text.hidden_dropout_prob = 0.0  # locked layers are a fixed function
     cell = cell_config(options, vocab_size, max_length)
     model = LangCell(cell, text, options.projection, options.text_pooling)
     load_bert(model.text_bert, text_path(options.text_init), new=("crossattention",))

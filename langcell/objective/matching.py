@@ -29,7 +29,11 @@ def matching_loss(
     model: LangCell, states_TW: Tensor, cells: Packed, pairs: Pairs, rows: Rows, texts: TextTable
 ) -> Tensor:
     """Weighted sum of the cross-entropies of local pairs (nats)."""
+    cell_K, cell_P = pairs.cell_P.unique(return_inverse=True)
+    if len(cell_K) < len(cells):
+        # Keys and values only of cells that have a pair: with 4 of 16, a third of the step.
+        cells, states_TW = cells.select_with(cell_K, states_TW)
     drawn = texts.packed.select(rows.text_row_G[pairs.text_P])
-    logits_P2 = model.match(states_TW, cells, drawn, pairs.cell_P)
+    logits_P2 = model.match(states_TW, cells, drawn, cell_P)
     losses_P = F.cross_entropy(logits_P2.float(), pairs.match_P.long(), reduction="none")
     return (losses_P * pairs.weight_P).sum()

@@ -1,8 +1,9 @@
 """What a run says while it runs: metrics.jsonl, and gauges on Ray's Prometheus endpoint.
 
 One JSON object a step, appended by rank 0; a resume first cuts the file back to its cursor, so that
-every step stands in it once (what was cut is counted in recoveries.jsonl). The gauges are what a dashboard watches: `ray_langcell_loss{loss=...}`,
-`ray_langcell_cells_per_s`, `ray_langcell_tokens_per_s`, `ray_langcell_data_wait`.
+every step stands in it once (what was cut is counted in recoveries.jsonl). The gauges are what a
+dashboard watches: `ray_langcell_loss{loss=...}`, `ray_langcell_cells_per_s`,
+`ray_langcell_tokens_per_s`, `ray_langcell_data_wait`.
 """
 
 from __future__ import annotations
