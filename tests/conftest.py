@@ -16,7 +16,7 @@ def ray_session() -> Iterator[None]:
     """A local Ray of four logical CPUs for the whole test session."""
     import ray
 
-    ray.init(num_cpus=4, include_dashboard=False, log_to_driver=False)
+    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
 

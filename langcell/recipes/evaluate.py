@@ -157,9 +157,7 @@ def joint_space(config: Config, model: LangCell, aside: Aside, tables: dict[str,
             config.text.max_length,
         ).numpy(),
         text=[term.label for term in terms],
-        held_out=frozenset(
-            label(term) for term, split in zip(cells.term, cells.split, strict=True) if split == "held_out"
-        ),
+        held_out=frozenset(map(label, set(cells.term) - set(cells.train_types))),
     )
 
 

@@ -8,9 +8,9 @@ wrong is checked before Ray is started or before a worker is.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +19,13 @@ import numpy as np
 from langcell.cells.vocabulary import Vocabulary
 from langcell.config import Config, to_yaml
 from langcell.corpus.manifest import Manifest, library_versions
-from langcell.corpus.prepare import prepare
-from langcell.corpus.storage import open_root, read_file
+from langcell.corpus.storage import absolute, open_root, read_file
 from langcell.errors import InputError
 from langcell.inference.tables import TABLES, Table, plan_tables
 from langcell.model.interop import cell_config, load_config, load_export, load_tokenizer, text_path
 from langcell.recipes.evaluate import ContrastOnly, evaluate, joint_space, set_aside, zero_shot_summary
 from langcell.recipes.export import export
+from langcell.recipes.prepare import prepare_corpus
 from langcell.recipes.report import write_report
 from langcell.recipes.session import connect
 from langcell.recipes.training import Plans, fit, make_plans
@@ -39,19 +39,12 @@ def run(config: Config) -> dict[str, Any]:
 
     Raises InputError before any training for what the user can mend.
     """
+    config = replace(config, corpus=replace(config.corpus, dir=absolute(config.corpus.dir)))
     claim(config)
     check_text_model(config)
     directory = Path(config.run.dir).absolute()
     with connect(config.run):
-        prepared = prepare(
-            config.census,
-            config.beta,
-            config.tokens,
-            config.text,
-            config.corpus,
-            config.eval.held_out_types,
-            config.eval.held_out_datasets,
-        )
+        prepared = prepare_corpus(config)
         manifest = Manifest.read(config.corpus.dir)
         vocab_size = vocabulary_size(config)
         cell_config(config.model, vocab_size, config.tokens.max_length)
@@ -94,7 +87,7 @@ def run(config: Config) -> dict[str, Any]:
     summary = {
         **training_summary(rows, metrics.read(directory / metrics.RECOVERIES), config, plans),
         "zero_shot": zero_shot_summary(tables),
-        "corpus": dataclasses.asdict(prepared),
+        "corpus": prepared,
         "export": str(exported),
     }
     report = write_report(

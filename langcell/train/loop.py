@@ -154,11 +154,13 @@ class _Worker:
             }
             waited = ended
             rows.append(losses)
+            ends_epoch = position.step == plan.steps - 1
+            val = self._validate() if ends_epoch else {}
             if metrics is not None and bar is not None:
-                metrics.write(row, losses)
+                metrics.write(row, {**losses, **val})
                 bar.update(1)
-            if position.step == plan.steps - 1:
-                self._end_epoch(position.epoch, rows)
+            if ends_epoch:
+                self._end_epoch(position.epoch, rows, val)
                 rows = []
                 waited = time.perf_counter()
         if metrics is not None and bar is not None:
@@ -202,11 +204,11 @@ class _Worker:
         *losses, total_tokens = values_L.tolist()
         return dict(zip(names, losses, strict=True)), total_tokens
 
-    def _end_epoch(self, epoch: int, rows: list[dict[str, float]]) -> None:
+    def _end_epoch(self, epoch: int, rows: list[dict[str, float]], val: dict[str, float]) -> None:
         task = self.task
         report: dict[str, Any] = {"stage": task.stage, "epoch": epoch}
         report |= {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
-        report |= self._validate()
+        report |= val
         last = epoch == task.epochs - 1
         if task.evaluate is not None and not last and (epoch + 1) % task.train.evaluate_epochs == 0:
             report |= self._evaluate()

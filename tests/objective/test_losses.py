@@ -96,7 +96,7 @@ def test_stage_two_matching_loss_equals_pairs_one_by_one() -> None:
 
 
 def test_masking_follows_bert_and_never_touches_cls() -> None:
-    """15% of the genes; of these 80% masked, 10% replaced, 10% kept: within 4 standard errors of 40,000 genes."""
+    """15% of the genes; of these 80% masked, 10% replaced, 10% kept: within 4 standard errors."""
     n, length = 200, 201
     rng = np.random.default_rng(0)
     from langcell.batch import Packed
