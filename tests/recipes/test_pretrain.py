@@ -1,0 +1,112 @@
+"""The main job, end to end on the embedded cells: small, but no stage left out."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from langcell.config import parse
+from langcell.errors import InputError
+from langcell.inference.tables import MEASURES, TABLES
+from langcell.model.interop import load_export
+from langcell.recipes.pretrain import claim, run
+from langcell.train import metrics
+
+DEMO = Path(__file__).parents[2] / "jobs" / "configs" / "demo.yaml"
+
+
+def _argv(folder: Path) -> list[str]:
+    return [
+        *(
+            "--run.dir",
+            f"{folder}/run",
+            "--corpus.dir",
+            f"{folder}/corpus",
+            "--census.dir",
+            f"{folder}/census",
+        ),
+        *("--train.stage1_epochs", "1", "--train.stage2_epochs", "2", "--train.evaluate_epochs", "1"),
+        *("--model.cell_layers", "1", "--objective.ctm_cells", "1", "--eval.top_k", "2"),
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(ray_session: None, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
+    """Run directory and summary of one short run."""
+    folder = tmp_path_factory.mktemp("pretrain")
+    return folder / "run", run(parse("", DEMO, _argv(folder)))
+
+
+@pytest.mark.slow
+def test_summary_has_every_promised_figure(finished: tuple[Path, dict[str, Any]]) -> None:
+    directory, summary = finished
+    assert json.loads((directory / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert summary["rows_repeated"] == summary["rows_skipped"] == summary["steps_replayed"] == 0
+    for key in ("cells_per_s", "tokens_per_s"):
+        assert summary[key] > 0
+    assert 0 <= summary["data_wait"] < 1
+    assert summary["losses"].keys() == {"mgm", "cc", "ct", "ctm"}
+    assert all(math.isfinite(loss) for loss in summary["losses"].values())
+    for name in TABLES:
+        for method in ("ct", "two_step"):
+            figures = summary["zero_shot"][name][method]
+            assert figures["n"] > 0
+            assert all(0 <= figures[measure] <= 1 for measure in MEASURES)
+    assert summary["zero_shot"]["seen"]["ct"]["baseline"]["accuracy"] > 0.8
+
+
+@pytest.mark.slow
+def test_every_step_stands_once_in_the_record(finished: tuple[Path, dict[str, Any]]) -> None:
+    directory, summary = finished
+    rows = metrics.read(directory / "metrics.jsonl")
+    assert [row["step"] for row in rows] == list(range(summary["steps"]))
+    assert [row["stage"] for row in rows] == sorted(row["stage"] for row in rows)
+    first, last = rows[0], rows[-1]
+    assert {"mgm", "cc"} <= first.keys()
+    assert not {"ct", "ctm"} & first.keys()
+    assert {"mgm", "cc", "ct", "ctm", "val_ct", "lr", "grad_norm", "data_wait"} <= last.keys()
+
+
+@pytest.mark.slow
+def test_training_moved_the_losses(finished: tuple[Path, dict[str, Any]]) -> None:
+    rows = metrics.read(finished[0] / "metrics.jsonl")
+    assert rows[-1]["mgm"] < rows[0]["mgm"] - 0.05
+
+
+@pytest.mark.slow
+def test_the_export_is_whole_and_the_report_stands_alone(finished: tuple[Path, dict[str, Any]]) -> None:
+    directory, _ = finished
+    model, config = load_export(directory / "export")
+    assert not model.training
+    assert config["tau"] == pytest.approx(0.05)
+    names = {path.name for path in (directory / "export").iterdir()}
+    assert {"vocabulary.json", "beta.parquet", "README.md", "tokenizer.json"} <= names
+    report = (directory / "report" / "index.html").read_text()
+    assert "data:image/png;base64" in report
+    stored = yaml.safe_load((directory / "config.yaml").read_text())
+    assert stored["train"]["stage2_epochs"] == 2
+
+
+@pytest.mark.slow
+def test_a_finished_run_resumes_to_the_same_result(finished: tuple[Path, dict[str, Any]]) -> None:
+    """`--run.resume` of a whole run trains no step again and gives the same tables."""
+    directory, summary = finished
+    before = (directory / "metrics.jsonl").read_bytes()
+    again = run(parse("", DEMO, [*_argv(directory.parent), "--run.resume", "true"]))
+    assert (directory / "metrics.jsonl").read_bytes() == before
+    assert again["zero_shot"] == summary["zero_shot"]
+
+
+def test_a_directory_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
+    config = parse("", DEMO, ["--run.dir", str(tmp_path / "run")])
+    claim(config)
+    with pytest.raises(InputError, match="holds a run already"):
+        claim(config)
+    fresh = parse("", DEMO, ["--run.dir", str(tmp_path / "other"), "--run.resume", "true"])
+    with pytest.raises(InputError, match="no run to go on with"):
+        claim(fresh)
