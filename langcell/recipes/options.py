@@ -13,5 +13,7 @@ class RunOptions:
     """Name of the run in Ray and in the report. None: the last part of `dir`."""
     resume: bool = False
     """Go on from the last checkpoint in `dir`; without it a folder that holds a run is refused."""
+    seeds: int = 3
+    """Runs of jobs/seeds.py (count), with the seeds train.seed, train.seed + 1, ..."""
     ray_address: str | None = None
     """Ray cluster to join: `auto` or host:port. None: the one named by RAY_ADDRESS, else one is started here."""
