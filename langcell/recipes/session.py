@@ -1,8 +1,10 @@
 """Joining Ray: the cluster that is there, else one of our own on this machine.
 
 A job submitted by `ray job submit`, or started beside `ray start --head`, joins that cluster. With
-none in sight a local one is started, bound to loopback, and ended with the job. It has two logical
-CPUs at least: a trainer that holds the only one would wait for data tasks for ever.
+none in sight a local one is started and ended with the job; its dashboard listens on loopback (Ray's
+own control ports cannot be bound to it: on an open network start Ray with token authentication, and
+join that). It has two logical CPUs at least: a trainer that holds the only one would wait for data
+tasks for ever.
 """
 
 from __future__ import annotations
@@ -47,7 +49,7 @@ def connect(options: RunOptions) -> Iterator[None]:
                     f"no Ray cluster answers at {options.ray_address or os.environ['RAY_ADDRESS']}: {error}"
                 ) from error
     if not ray.is_initialized():
-        # Loopback only, so no token is needed; a token file in the home folder would surprise later starts.
+        # Ray would write a token file into the home folder, which surprises later starts.
         os.environ.setdefault("RAY_AUTH_MODE", "disabled")
         runtime_env["env_vars"]["RAY_TRAIN_ENABLE_PREEMPTION_WATCHER"] = "0"  # nobody preempts this machine
         ray.init(
