@@ -61,7 +61,7 @@ class LangCell(nn.Module):
 
     def project_pooled(self, pooled_KH: Tensor) -> Tensor:
         """z_t [K, Z], L2-normalised, from pooled states."""
-        return F.normalize(self.text_proj(pooled_KH), dim=-1)
+        return F.normalize(self.text_proj(pooled_KH.to(self.text_proj.weight.dtype)), dim=-1)
 
     @torch.no_grad()
     def centre_texts(self, mean_H: Tensor) -> None:

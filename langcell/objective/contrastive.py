@@ -16,28 +16,29 @@ from torch import Tensor, nn
 
 
 class Temperature(nn.Module):
-    """tau, fixed or learnt in log space; clamped where it is used, so that it can never leave the range.
+    """tau, fixed or learnt in log space; a learnt one is clamped where it is used.
 
-    An in-place clamp would not last: ZeRO keeps its own float32 copy of every parameter.
+    An in-place clamp would not last: ZeRO keeps its own float32 copy of every parameter. A fixed one is
+    no buffer, since the engine would round it to bf16.
     """
 
     RANGE = (0.01, 0.5)  # CLIP's own floor; above 0.5 cosines no longer separate anything
 
     def __init__(self, tau: float, learnt: bool) -> None:
         super().__init__()
-        log_tau_1 = torch.full((1,), math.log(tau))  # shape (1,): ZeRO cannot partition a scalar
-        if learnt:
-            self.log_tau_1 = nn.Parameter(log_tau_1)
-        else:
-            self.register_buffer("log_tau_1", log_tau_1)
+        self.fixed = tau
+        # Shape (1,): ZeRO cannot partition a scalar.
+        self.log_tau_1 = nn.Parameter(torch.full((1,), math.log(tau))) if learnt else None
 
-    def forward(self) -> Tensor:
-        """tau as a tensor of shape (1,)."""
+    def forward(self) -> Tensor | float:
+        """tau, a tensor of shape (1,) where it is learnt."""
+        if self.log_tau_1 is None:
+            return self.fixed
         low, high = self.RANGE
-        return self.log_tau_1.exp().clamp(low, high)
+        return self.log_tau_1.float().exp().clamp(low, high)
 
 
-def cell_cell(first_BZ: Tensor, second_GZ: Tensor, row_B: Tensor, tau: Tensor) -> Tensor:
+def cell_cell(first_BZ: Tensor, second_GZ: Tensor, row_B: Tensor, tau: Tensor | float) -> Tensor:
     """Sum over rows of -log softmax at the cell's own second view; every other cell is a negative.
 
     row_B: int64, index of each local row among the G columns.
@@ -47,7 +48,7 @@ def cell_cell(first_BZ: Tensor, second_GZ: Tensor, row_B: Tensor, tau: Tensor) -
 
 
 def cell_text(
-    rows_BZ: Tensor, columns_GZ: Tensor, positive_BG: Tensor, excluded_BG: Tensor, tau: Tensor
+    rows_BZ: Tensor, columns_GZ: Tensor, positive_BG: Tensor, excluded_BG: Tensor, tau: Tensor | float
 ) -> Tensor:
     """Sum over rows of the cross-entropy to a target uniform over the positive columns.
 

@@ -153,7 +153,7 @@ def _both_ways(
     texts_GZ: Tensor,
     relation: Relations,
     row_B: Tensor,
-    tau: Tensor,
+    tau: Tensor | float,
 ) -> Tensor:
     """C-T: the mean of cells against texts and texts against cells, summed over the local rows."""
     positive_GG, excluded_GG = relation.positive_GG, relation.excluded_GG

@@ -10,15 +10,16 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import yaml
 
 from langcell.cells.vocabulary import Vocabulary
 from langcell.config import Config, to_yaml
-from langcell.corpus.manifest import Manifest, library_versions
+from langcell.corpus.manifest import Manifest, differences, library_versions
 from langcell.corpus.storage import absolute, open_root, read_file
 from langcell.errors import InputError
 from langcell.inference.tables import TABLES, Table, plan_tables
@@ -110,7 +111,8 @@ def run(config: Config) -> dict[str, Any]:
 def claim(config: Config) -> None:
     """Take the run directory and store the resolved configuration in it.
 
-    Raises InputError where it holds another run, or this one without `--run.resume`.
+    Raises InputError where it holds a run and `--run.resume` is not given, or where it is and the run
+    that the directory holds had other settings.
     """
     directory = Path(config.run.dir)
     stored = directory / "config.yaml"
@@ -121,8 +123,27 @@ def claim(config: Config) -> None:
         )
     if config.run.resume and not stored.exists():
         raise InputError(f"run.resume: {directory} holds no run to go on with (config.yaml is missing).")
+    if config.run.resume:
+        lines = differences(_identity(yaml.safe_load(stored.read_text())), _identity(asdict(config)))
+        if lines:
+            raise InputError(
+                f"run.resume: the run in {directory} had other settings:\n  "
+                + "\n  ".join(lines)
+                + "\nGo on "
+                f"with its own (--config {stored}), or start another (--run.dir DIR)."
+            )
     directory.mkdir(parents=True, exist_ok=True)
     stored.write_text(to_yaml(config))
+
+
+def _identity(options: dict[str, Any]) -> dict[str, Any]:
+    """The options that make a run the run it is: not where it lives or what it is given to run with."""
+    free = {"train": {"cpus_per_worker", "collective_timeout_s", "max_failures"}, "corpus": {"prefetch"}}
+    return {
+        room: {key: value for key, value in values.items() if key not in free.get(room, set())}
+        for room, values in options.items()
+        if room not in ("run", "eval")
+    }
 
 
 def check_text_model(config: Config) -> None:

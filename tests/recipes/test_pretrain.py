@@ -107,6 +107,9 @@ def test_a_directory_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None
     claim(config)
     with pytest.raises(InputError, match="holds a run already"):
         claim(config)
+    other = parse("", DEMO, ["--run.dir", str(tmp_path / "run"), "--run.resume", "true", "--train.lr", "0.5"])
+    with pytest.raises(InputError, match=r"train\.lr: 0\.001 there, 0\.5 asked for"):
+        claim(other)
     fresh = parse("", DEMO, ["--run.dir", str(tmp_path / "other"), "--run.resume", "true"])
     with pytest.raises(InputError, match="no run to go on with"):
         claim(fresh)

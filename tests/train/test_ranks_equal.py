@@ -13,7 +13,7 @@ LOSSES = ("mgm", "cc", "ct", "ctm")
 
 
 def one_step(
-    rank: int, world: int, only: str | None, zero: int, options: dict[str, object]
+    rank: int, world: int, only: str | None, zero: int, options: dict[str, object], precision: str = "fp32"
 ) -> tuple[dict[str, float], dict[str, Tensor]]:
     """Global losses and averaged gradients of one step on this rank's share of the eight cells."""
     import torch.distributed as dist
@@ -24,10 +24,13 @@ def one_step(
 
     weights = {f"w_{name}": float(only in (None, name)) for name in LOSSES}
     count = 8 // world
-    train = TrainOptions(micro_batch=count, global_batch=8, num_workers=world, zero=zero, clip=0.0)  # type: ignore[arg-type]
-    engine = build_engine(
-        toy.stage(2, **options, **weights), train, lr=1e-3, steps=10, device=torch.device("cpu")
-    )
+    train = TrainOptions(
+        micro_batch=count, global_batch=8, num_workers=world, zero=zero, clip=0.0, precision=precision
+    )  # type: ignore[arg-type]
+    stage = toy.stage(2, **options, **weights)
+    if stage.text_locked:
+        stage.pool_table()
+    engine = build_engine(stage, train, lr=1e-3, steps=10, device=torch.device("cpu"))
     shares = engine(toy.batch(rank * count, count), 3)
     engine.backward(shares["total"])
     gradients = {
@@ -61,3 +64,17 @@ def test_every_zero_stage_has_the_same_gradients(zero: int) -> None:
     assert losses == pytest.approx(others, rel=1e-6)
     for name, gradient in gradients.items():
         torch.testing.assert_close(other_gradients[name], gradient, rtol=1e-5, atol=1e-6, msg=name)
+
+
+@pytest.mark.parametrize("text_train", ["all", "projection"])
+def test_bf16_is_fp32_to_its_own_precision(text_train: str) -> None:
+    """bf16 has 8 bits: losses within 3%, gradients in the same direction."""
+    options = {"text_train": text_train, "tau": 0.2}
+    [(losses, gradients)] = run_ranks(one_step, 1, 1, None, 2, options)
+    [(rough, rough_gradients)] = run_ranks(one_step, 1, 1, None, 2, options, "bf16")
+    assert losses == pytest.approx(rough, rel=0.03)
+    flat, rough_flat = (
+        torch.cat([g[name].flatten().float() for name in sorted(gradients)])
+        for g in (gradients, rough_gradients)
+    )
+    assert float(torch.cosine_similarity(flat, rough_flat, dim=0)) > 0.98

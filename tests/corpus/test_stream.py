@@ -1,0 +1,109 @@
+"""Streams: the plan's order, every cell once, and a resume that is the rest of the uninterrupted one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from langcell.batch import Packed, TextTable
+from langcell.corpus.plan import Plan, RowGroup
+from langcell.corpus.schema import BLOCK_SCHEMA
+from langcell.corpus.stream import Position, deal_window, draw_variants, micro_batch, stream
+
+TEXTS = [11, 22, 33]
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Plan]:
+    """Three files of 50 cells in row groups of 20, and a plan of two lanes of 4 cells."""
+    root = tmp_path_factory.mktemp("corpus")
+    rng = np.random.default_rng(0)
+    groups = []
+    for index in range(3):
+        joinid = np.arange(50) + 50 * index
+        # A cell's tokens are its own joinid and position, so that a mix-up would show.
+        tokens = [[int(j), *range(100, 100 + rng.integers(0, 9))] for j in joinid]
+        table = pa.table(
+            [joinid, tokens, [len(t) for t in tokens], [TEXTS[j % 3] for j in joinid], [""] * 50],
+            schema=BLOCK_SCHEMA,
+        )
+        pq.write_table(table, root / f"{index}.parquet", row_group_size=20)
+        groups += [RowGroup(f"{index}.parquet", i, rows) for i, rows in enumerate((20, 20, 10))]
+    return str(root), Plan(tuple(groups), seed=3, global_batch=8, micro_batch=4, window_steps=5)
+
+
+def _read(corpus: tuple[str, Plan], lane: int, start: Position) -> list[tuple[int, int, list[int]]]:
+    directory, plan = corpus
+    return [
+        (position.epoch, position.step, row["soma_joinid"][0].as_py())
+        for position, row in stream(directory, plan, lane=lane, epochs=2, start=start, prefetch=2)
+    ]
+
+
+def test_streams_follow_the_plan_and_resume_in_it(ray_session: None, corpus: tuple[str, Plan]) -> None:
+    directory, plan = corpus
+    lanes = [_read(corpus, lane, Position(0, 0)) for lane in range(2)]
+    for lane, rows in enumerate(lanes):
+        assert [(epoch, step) for epoch, step, _ in rows] == [
+            (e, s) for e in (0, 1) for s in range(plan.steps)
+        ]
+        direct = [
+            batch
+            for epoch in (0, 1)
+            for window in plan.windows(epoch, lane)
+            for batch in deal_window(directory, plan, window)["soma_joinid"].to_pylist()
+        ]
+        assert [joinid for _, _, joinid in rows] == direct
+    for epoch in (0, 1):
+        seen = [j for rows in lanes for e, _, joinid in rows if e == epoch for j in joinid]
+        assert len(seen) == len(set(seen)) == plan.cells - plan.dropped
+    assert _read(corpus, 1, Position(0, 7)) == lanes[1][7:]
+    assert _read(corpus, 0, Position(1, 0)) == lanes[0][plan.steps :]
+
+
+def test_tokens_stay_with_their_cell(corpus: tuple[str, Plan]) -> None:
+    directory, plan = corpus
+    table = TextTable(
+        Packed.from_sequences([[i] for i in range(6)]),
+        text_id=np.array(TEXTS),
+        term=np.array([0, -1, 1]),
+        trained=np.ones(3, bool),
+        variants=2,
+        related_CC=torch.zeros(2, 2, dtype=torch.bool),
+    )
+    for window in plan.windows(0, 0):
+        rows = deal_window(directory, plan, window)
+        for i in range(len(rows)):
+            batch = micro_batch(rows.slice(i, 1), table, epoch=0, short_share=0.5, seed=1)
+            assert len(batch) == plan.micro_batch
+            assert torch.equal(batch.cells.tokens_T[batch.cells.starts_B], batch.soma_joinid_B)
+            text = batch.soma_joinid_B % 3
+            assert torch.equal(batch.text_id_B, torch.tensor(TEXTS)[text])
+            assert torch.equal(batch.term_B, torch.tensor([0, -1, 1])[text])
+            assert torch.equal(batch.text_row_B, 2 * text + batch.short_B)
+
+
+def test_a_text_that_the_table_lacks_is_an_error(corpus: tuple[str, Plan]) -> None:
+    directory, plan = corpus
+    [window, *_] = plan.windows(0, 0)
+    table = TextTable(
+        Packed.from_sequences([[0]]), np.array([11]), np.array([0]), np.ones(1, bool), 1, torch.zeros(1, 1)
+    )
+    with pytest.raises(KeyError, match="not in the corpus's text table"):
+        micro_batch(deal_window(directory, plan, window).slice(0, 1), table, epoch=0, short_share=0, seed=0)
+
+
+def test_one_variant_a_text_and_epoch() -> None:
+    """All cells of a text read the same variant; over epochs the shortened share is what was asked for."""
+    ids = np.array([5, -7, 5, 9, -7])
+    drawn = np.array([draw_variants(ids, variants=4, short_share=0.25, seed=0, epoch=e) for e in range(2000)])
+    assert (drawn[:, 0] == drawn[:, 2]).all()
+    assert (drawn[:, 1] == drawn[:, 4]).all()
+    for column in (0, 1, 3):
+        assert abs((drawn[:, column] > 0).mean() - 0.25) < 4 * (0.25 * 0.75 / 2000) ** 0.5
+        assert set(drawn[:, column]) == {0, 1, 2, 3}
+    alone = draw_variants(ids[3:4], variants=4, short_share=0.25, seed=0, epoch=5)
+    assert alone[0] == drawn[5, 3]
