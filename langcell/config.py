@@ -9,6 +9,7 @@ text that stands below it in its `options.py`.
 from __future__ import annotations
 
 import dataclasses
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -77,33 +78,52 @@ def parse(description: str, default: Path, argv: Sequence[str] | None = None) ->
     return config
 
 
+AT_LEAST_ONE = """
+census.slice_nnz corpus.row_group_cells corpus.window_steps corpus.prefetch model.cell_layers
+model.cell_width model.cell_heads model.projection objective.ctm_cells train.num_workers
+train.global_batch train.micro_batch train.stage1_epochs train.stage2_epochs train.checkpoint_epochs
+train.evaluate_epochs train.collective_timeout_s eval.top_k eval.max_cells eval.batch_tokens
+run.seeds
+""".split()
+SHARES = """
+text.short_share corpus.test_share corpus.val_share model.cell_dropout objective.mask_ratio
+train.warmup_share eval.a
+""".split()
+NOT_NEGATIVE = """
+text.short_variants train.lr train.text_lr train.weight_decay train.clip train.max_failures
+""".split()
+BOUNDS: dict[str, tuple[float, float]] = {
+    **dict.fromkeys(AT_LEAST_ONE, (1, math.inf)),
+    **dict.fromkeys(SHARES, (0, 1)),
+    **dict.fromkeys(NOT_NEGATIVE, (0, math.inf)),
+    "tokens.max_length": (2, math.inf),
+    "text.max_length": (3, math.inf),
+    "objective.tau": (1e-3, 10),
+    "train.cpus_per_worker": (1e-4, math.inf),
+}
+"""Least and greatest value of every number that has one."""
+
+
 def validate(config: Config) -> None:
     """Check what a type cannot say. Raises InputError naming the key, its value and what it may be."""
+    for key, (least, greatest) in BOUNDS.items():
+        room, name = key.split(".")
+        value = getattr(getattr(config, room), name)
+        if value is not None and not least <= value <= greatest:
+            most = "" if greatest == math.inf else f", at most {greatest:g}"
+            raise InputError(f"--{key} is {value}; it must be at least {least:g}{most}.")
+    if config.model.cell_width % config.model.cell_heads:
+        raise InputError(
+            f"--model.cell_width ({config.model.cell_width}) must be a multiple of --model.cell_heads "
+            f"({config.model.cell_heads})."
+        )
     train = config.train
-    if train.global_batch % train.micro_batch:
+    if train.global_batch != train.micro_batch * train.num_workers:
         raise InputError(
-            f"--train.global_batch ({train.global_batch}) must be a multiple of --train.micro_batch "
-            f"({train.micro_batch})."
+            f"--train.global_batch {train.global_batch} is not --train.micro_batch {train.micro_batch} x "
+            f"--train.num_workers {train.num_workers}. One lane a worker is what this version trains; several "
+            "(accumulation with a contrastive batch that stays global) come later."
         )
-    lanes = train.global_batch // train.micro_batch
-    if lanes != train.num_workers:
-        raise InputError(
-            f"--train.global_batch {train.global_batch} / --train.micro_batch {train.micro_batch} makes "
-            f"{lanes} lanes for {train.num_workers} workers. One lane a worker is what this version "
-            "trains (several lanes a worker, accumulation with a global contrastive batch, come later): "
-            f"set --train.num_workers {lanes}, or --train.micro_batch "
-            f"{train.global_batch // train.num_workers}."
-        )
-    shares = {
-        "objective.mask_ratio": config.objective.mask_ratio,
-        "text.short_share": config.text.short_share,
-        "corpus.test_share": config.corpus.test_share,
-        "corpus.val_share": config.corpus.val_share,
-        "eval.a": config.eval.a,
-    }
-    for key, share in shares.items():
-        if not 0 <= share <= 1:
-            raise InputError(f"--{key} is {share}; it is a share, from 0 to 1.")
 
 
 def to_yaml(config: Config) -> str:

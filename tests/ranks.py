@@ -32,6 +32,11 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]
             process.start()
         for process in processes:
             process.join(timeout=600)
+        for rank, process in enumerate(processes):
+            if process.exitcode != 0:
+                for other in processes:
+                    other.kill()
+                raise RuntimeError(f"rank {rank} of {world} ended with {process.exitcode} (None: it hung)")
         results = [pickle.loads((Path(directory) / f"{rank}").read_bytes()) for rank in range(world)]
     for result in results:
         if isinstance(result, Exception):

@@ -59,7 +59,8 @@ class Window:
 class Plan:
     """The order of one split's cells.
 
-    row_groups: in manifest order; seed; global_batch G, micro_batch B (cells); window_steps M.
+    row_groups: in manifest order; seed; global_batch G, micro_batch B (cells); window_steps M;
+    corpus_hash: of the manifest, so that a checkpoint knows its corpus.
     """
 
     row_groups: tuple[RowGroup, ...]
@@ -67,6 +68,7 @@ class Plan:
     global_batch: int
     micro_batch: int
     window_steps: int
+    corpus_hash: str = ""
 
     def __post_init__(self) -> None:
         if self.global_batch % self.micro_batch:
@@ -98,7 +100,8 @@ class Plan:
     def hash(self) -> str:
         """Identity of the order (hex)."""
         groups = [(g.file, g.index, g.rows) for g in self.row_groups]
-        content = json.dumps([groups, self.seed, self.global_batch, self.micro_batch, self.window_steps])
+        numbers = [self.seed, self.global_batch, self.micro_batch, self.window_steps]
+        content = json.dumps([self.corpus_hash, groups, numbers])
         return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
     def windows(self, epoch: int, lane: int) -> Iterator[Window]:

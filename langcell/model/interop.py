@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoTokenizer, BertConfig, PreTrainedTokenizerBase
@@ -112,11 +113,18 @@ def load_state(path: str, key: str) -> dict[str, Tensor]:
         except OSError:
             file = None
         if file is not None:
-            return (
+            state = (
                 load_file(file)
                 if name.endswith(".safetensors")
                 else torch.load(file, map_location="cpu", weights_only=True)
             )
+            # Checkpoints converted from TensorFlow call a norm's weight and bias gamma and beta.
+            return {
+                key.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
+                    "LayerNorm.beta", "LayerNorm.bias"
+                ): t
+                for key, t in state.items()
+            }
     raise InputError(f"{key}: {path} holds neither model.safetensors nor pytorch_model.bin.")
 
 
@@ -198,6 +206,6 @@ def load_export(directory: str | Path) -> tuple[LangCell, dict[str, Any]]:
             )
         for name in HEADS:
             _load(getattr(model, name), load_file(directory / f"{name}.safetensors"), name, ())
-    except (OSError, KeyError) as error:
+    except (OSError, KeyError, ValueError, SafetensorError) as error:
         raise InputError(f"{directory} is not a whole export: {error}") from error
     return model.eval(), config

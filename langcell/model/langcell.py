@@ -47,8 +47,8 @@ class LangCell(nn.Module):
         return encode(self.cell_bert, cells)
 
     def project_cells(self, states_TW: Tensor, cells: Packed) -> Tensor:
-        """z_c [B, Z], L2-normalised, from the states of `<cls>`."""
-        return F.normalize(self.cell_proj(states_TW[cells.starts_B]), dim=-1)
+        """z_c [B, Z], L2-normalised, float32 (bf16 cosines near 1 would all be one), from `<cls>`."""
+        return F.normalize(self.cell_proj(states_TW[cells.starts_B]).float(), dim=-1)
 
     def pool_texts(self, texts: Packed) -> Tensor:
         """g1 before its projection [K, H]: the state of `[CLS]`, or the mean over the tokens."""
@@ -60,8 +60,8 @@ class LangCell(nn.Module):
         return sums_KH / texts.lengths_B.unsqueeze(1).to(states_LH.dtype)
 
     def project_pooled(self, pooled_KH: Tensor) -> Tensor:
-        """z_t [K, Z], L2-normalised, from pooled states."""
-        return F.normalize(self.text_proj(pooled_KH.to(self.text_proj.weight.dtype)), dim=-1)
+        """z_t [K, Z], L2-normalised, float32, from pooled states."""
+        return F.normalize(self.text_proj(pooled_KH.to(self.text_proj.weight.dtype)).float(), dim=-1)
 
     @torch.no_grad()
     def centre_texts(self, mean_H: Tensor) -> None:

@@ -30,31 +30,31 @@ class Temperature(nn.Module):
         # Shape (1,): ZeRO cannot partition a scalar.
         self.log_tau_1 = nn.Parameter(torch.full((1,), math.log(tau))) if learnt else None
 
-    def forward(self) -> Tensor | float:
-        """tau, a tensor of shape (1,) where it is learnt."""
+    def forward(self, device: torch.device) -> Tensor:
+        """tau as a float32 tensor of shape (1,)."""
         if self.log_tau_1 is None:
-            return self.fixed
+            return torch.full((1,), self.fixed, device=device)
         low, high = self.RANGE
         return self.log_tau_1.float().exp().clamp(low, high)
 
 
-def cell_cell(first_BZ: Tensor, second_GZ: Tensor, row_B: Tensor, tau: Tensor | float) -> Tensor:
+def cell_cell(first_BZ: Tensor, second_GZ: Tensor, row_B: Tensor, tau: Tensor) -> Tensor:
     """Sum over rows of -log softmax at the cell's own second view; every other cell is a negative.
 
     row_B: int64, index of each local row among the G columns.
     """
-    logits_BG = (first_BZ @ second_GZ.T).float() / tau
+    logits_BG = first_BZ @ second_GZ.T / tau
     return nn.functional.cross_entropy(logits_BG, row_B, reduction="sum")
 
 
 def cell_text(
-    rows_BZ: Tensor, columns_GZ: Tensor, positive_BG: Tensor, excluded_BG: Tensor, tau: Tensor | float
+    rows_BZ: Tensor, columns_GZ: Tensor, positive_BG: Tensor, excluded_BG: Tensor, tau: Tensor
 ) -> Tensor:
     """Sum over rows of the cross-entropy to a target uniform over the positive columns.
 
     excluded_BG: columns left out of the denominator; a positive is never excluded.
     """
-    logits_BG = (rows_BZ @ columns_GZ.T).float() / tau
+    logits_BG = rows_BZ @ columns_GZ.T / tau
     log_z_B = logits_BG.masked_fill(excluded_BG, -torch.inf).logsumexp(dim=1)
     positive = positive_BG.to(logits_BG.dtype)
     mean_positive_B = (logits_BG * positive).sum(1) / positive.sum(1)

@@ -33,7 +33,7 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad_G: Tensor) -> Tensor:  # type: ignore[override]
         rank, ranks = world()
-        grad_G = grad_G.contiguous()
+        grad_G = grad_G.clone(memory_format=torch.contiguous_format)
         # A sum of all rows, of which a rank keeps its own: gloo has no reduce-scatter of tensors.
         dist.all_reduce(grad_G)
         return grad_G.chunk(ranks)[rank]

@@ -98,7 +98,7 @@ class Stage(nn.Module):
         """
         model, options, cells = self.model, self.options, batch.cells
         rank, ranks = world()
-        tau = self.temperature()
+        tau = self.temperature(cells.tokens_T.device)
         row_B = torch.arange(len(batch), device=cells.tokens_T.device) + rank * len(batch)
 
         states_TW = model.cell_states(cells)
@@ -153,7 +153,7 @@ def _both_ways(
     texts_GZ: Tensor,
     relation: Relations,
     row_B: Tensor,
-    tau: Tensor | float,
+    tau: Tensor,
 ) -> Tensor:
     """C-T: the mean of cells against texts and texts against cells, summed over the local rows."""
     positive_GG, excluded_GG = relation.positive_GG, relation.excluded_GG

@@ -13,7 +13,7 @@ from langcell.config import Config
 from langcell.corpus.manifest import Manifest
 from langcell.corpus.storage import open_root, read_file
 from langcell.model.interop import build_model, load_tokenizer, save_export
-from langcell.train.checkpoint import load_weights, read_tau
+from langcell.train.checkpoint import load_weights, read_cursor, read_tau
 
 CARD = """---
 license: mit
@@ -34,10 +34,8 @@ text and holds no dialogue.
 """
 
 
-def export(
-    config: Config, manifest: Manifest, weights: Path, directory: Path, *, vocab_size: int, steps: int
-) -> Path:
-    """Write the export into `directory`, atomically; returns it.
+def export(config: Config, manifest: Manifest, weights: Path, directory: Path, *, vocab_size: int) -> Path:
+    """Write the export into `directory`, which is whole or absent at any time; returns it.
 
     weights: model.safetensors of the checkpoint that is exported.
     """
@@ -61,14 +59,17 @@ def export(
             corpus_hash=manifest.hash[:12],
             uri=config.census.uri or f"CELLxGENE Census {config.census.version}",
             held_out=", ".join(config.eval.held_out_types) or "nothing",
-            steps=steps,
+            steps=read_cursor(weights.parent).global_step,
             batch=config.train.global_batch,
             seed=config.train.seed,
             ontologies=", ".join(f"{k} {v}" for k, v in manifest.ontologies.items()),
         )
     )
-    shutil.rmtree(directory, ignore_errors=True)
+    old = directory.with_name(directory.name + ".old")
+    if directory.exists():
+        os.replace(directory, old)
     os.replace(temporary, directory)
+    shutil.rmtree(old, ignore_errors=True)
     return directory
 
 

@@ -10,7 +10,7 @@ class RunOptions:
     dir: str = "runs/pretrain"
     """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, export/, report/, summary.json."""
     name: str | None = None
-    """Name of the run in Ray and in the report. None: the last part of `dir`."""
+    """Name of the run in its metrics, report and model card. None: the last part of `dir`."""
     resume: bool = False
     """Go on from the last checkpoint in `dir`; without it a folder that holds a run is refused."""
     seeds: int = 3

@@ -9,25 +9,33 @@ wrong is checked before Ray is started or before a worker is.
 from __future__ import annotations
 
 import json
-import os
-from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
+import torch
 
 from langcell.cells.vocabulary import Vocabulary
 from langcell.config import Config, to_yaml
-from langcell.corpus.manifest import Manifest, differences, library_versions
-from langcell.corpus.storage import absolute, open_root, read_file
+from langcell.corpus.manifest import Manifest, library_versions
+from langcell.corpus.storage import open_root, read_file
+from langcell.corpus.texts import read_texts, tokenise_texts
 from langcell.errors import InputError
+from langcell.files import write_whole
 from langcell.inference.tables import TABLES, Table, plan_tables
-from langcell.model.interop import cell_config, load_config, load_export, load_tokenizer, text_path
+from langcell.model.interop import (
+    cell_config,
+    load_config,
+    load_export,
+    load_state,
+    load_tokenizer,
+    text_path,
+)
 from langcell.recipes.evaluate import ContrastOnly, evaluate, joint_space, set_aside, zero_shot_summary
 from langcell.recipes.export import export
 from langcell.recipes.prepare import prepare_corpus
 from langcell.recipes.report import write_report
+from langcell.recipes.rundir import check_free, store, with_absolute_paths
 from langcell.recipes.session import connect
 from langcell.recipes.training import Plans, fit, make_plans
 from langcell.text.ontology import Ontology
@@ -40,10 +48,10 @@ def run(config: Config) -> dict[str, Any]:
 
     Raises InputError before any training for what the user can mend.
     """
-    config = replace(config, corpus=replace(config.corpus, dir=absolute(config.corpus.dir)))
-    claim(config)
-    check_text_model(config)
-    directory = Path(config.run.dir).absolute()
+    config = with_absolute_paths(config)
+    check_free(config)
+    check_models(config)
+    directory = Path(config.run.dir)
     with connect(config.run):
         prepared = prepare_corpus(config)
         manifest = Manifest.read(config.corpus.dir)
@@ -52,7 +60,9 @@ def run(config: Config) -> dict[str, Any]:
         plans = make_plans(manifest, config.corpus, config.train)
         aside = set_aside(config, manifest)
         plan_tables(aside.cells, Ontology.load(config.text), config.eval)
-        say_plan(config, manifest, plans)
+        texts_cut = count_cut(config)
+        say_plan(config, manifest, plans, texts_cut)
+        store(config)
         weights = None
         for stage in (1, 2):
             task = StageTask(
@@ -79,14 +89,15 @@ def run(config: Config) -> dict[str, Any]:
             )
             weights = fit(task)
         assert weights is not None
-    steps = (config.train.stage1_epochs + config.train.stage2_epochs) * plans.train.steps
-    exported = export(config, manifest, weights, directory / "export", vocab_size=vocab_size, steps=steps)
+    exported = export(config, manifest, weights, directory / "export", vocab_size=vocab_size)
     print("judging the exported model: five tables, contrast alone and with matching", flush=True)
     model, model_config = load_export(exported)
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
     tables = evaluate(config, model, model_config["tau"], aside)
     rows = metrics.read(directory / metrics.METRICS)
     summary = {
         **training_summary(rows, metrics.read(directory / metrics.RECOVERIES), config, plans),
+        "texts_cut": texts_cut,
         "zero_shot": zero_shot_summary(tables),
         "corpus": prepared,
         "export": str(exported),
@@ -102,52 +113,14 @@ def run(config: Config) -> dict[str, Any]:
         manifest=manifest_summary(manifest),
         summary=summary,
     )
-    write_json(directory / "summary.json", summary)
+    write_whole(directory / "summary.json", json.dumps(summary, indent=2))
     say_tables(tables)
     print(f"model    {exported}\nreport   {report}\nsummary  {directory / 'summary.json'}", flush=True)
     return summary
 
 
-def claim(config: Config) -> None:
-    """Take the run directory and store the resolved configuration in it.
-
-    Raises InputError where it holds a run and `--run.resume` is not given, or where it is and the run
-    that the directory holds had other settings.
-    """
-    directory = Path(config.run.dir)
-    stored = directory / "config.yaml"
-    if stored.exists() and not config.run.resume:
-        raise InputError(
-            f"run.dir: {directory} holds a run already. Go on with it (--run.resume true), choose another "
-            "(--run.dir DIR), or delete it."
-        )
-    if config.run.resume and not stored.exists():
-        raise InputError(f"run.resume: {directory} holds no run to go on with (config.yaml is missing).")
-    if config.run.resume:
-        lines = differences(_identity(yaml.safe_load(stored.read_text())), _identity(asdict(config)))
-        if lines:
-            raise InputError(
-                f"run.resume: the run in {directory} had other settings:\n  "
-                + "\n  ".join(lines)
-                + "\nGo on "
-                f"with its own (--config {stored}), or start another (--run.dir DIR)."
-            )
-    directory.mkdir(parents=True, exist_ok=True)
-    stored.write_text(to_yaml(config))
-
-
-def _identity(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that make a run the run it is: not where it lives or what it is given to run with."""
-    free = {"train": {"cpus_per_worker", "collective_timeout_s", "max_failures"}, "corpus": {"prefetch"}}
-    return {
-        room: {key: value for key, value in values.items() if key not in free.get(room, set())}
-        for room, values in options.items()
-        if room not in ("run", "eval")
-    }
-
-
-def check_text_model(config: Config) -> None:
-    """Raises InputError where the text checkpoint or the cell checkpoint cannot be read at all."""
+def check_models(config: Config) -> None:
+    """Raises InputError where the text checkpoint or the cell checkpoint cannot be read."""
     text = load_config(text_path(config.model.text_init), "model.text_init")
     load_tokenizer(config.model.text_init)
     if config.text.max_length > text.max_position_embeddings:
@@ -155,8 +128,10 @@ def check_text_model(config: Config) -> None:
             f"--text.max_length is {config.text.max_length}, but {config.model.text_init} has "
             f"{text.max_position_embeddings} positions."
         )
+    load_state(text_path(config.model.text_init), "model.text_init")
     if config.model.cell_init is not None:
         load_config(config.model.cell_init, "model.cell_init")
+        load_state(config.model.cell_init, "model.cell_init")
 
 
 def vocabulary_size(config: Config) -> int:
@@ -193,13 +168,21 @@ def training_summary(
     }
 
 
-def say_plan(config: Config, manifest: Manifest, plans: Plans) -> None:
-    """One line on what will be trained, and on what will not be validated."""
+def count_cut(config: Config) -> int:
+    """Distinct full texts of the corpus that are longer than `text.max_length` and are cut there."""
+    full = [variants[0] for variants in read_texts(config.corpus.dir).variants]
+    _, cut = tokenise_texts(full, load_tokenizer(config.model.text_init), config.text.max_length)
+    return int(cut.sum())
+
+
+def say_plan(config: Config, manifest: Manifest, plans: Plans, texts_cut: int) -> None:
+    """What will be trained, what is cut, and what will not be validated."""
     cells = manifest.counts["cells"]
     print(
         f"corpus   {config.corpus.dir}: {cells['train']} cells to train on, {cells['val']} val, "
         f"{cells['test']} test, {cells['held_out']} of held-out types; {plans.train.steps} steps an epoch, "
-        f"{plans.train.dropped} cells of its tail dropped",
+        f"{plans.train.dropped} cells of its tail dropped; {texts_cut} of {manifest.counts['texts']} texts "
+        f"cut at {config.text.max_length} tokens",
         flush=True,
     )
     if plans.val is None:
@@ -240,10 +223,3 @@ def versions() -> dict[str, str]:
     from importlib.metadata import version
 
     return library_versions() | {name: version(name) for name in ("torch", "deepspeed", "transformers")}
-
-
-def write_json(path: Path, content: dict[str, Any]) -> None:
-    """Write a JSON file atomically."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(content, indent=2))
-    os.replace(temporary, path)

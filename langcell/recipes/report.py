@@ -10,8 +10,6 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from typing import Any
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from matplotlib.figure import Figure
 
+from langcell.files import write_whole
 from langcell.inference import figures
 from langcell.inference.figures import JointSpace
 from langcell.inference.tables import Table
@@ -71,7 +70,7 @@ def write_report(
     encoded = {}
     for name, figure in pictures.items():
         png = _png(figure)
-        _write(directory / f"{name}.png", png)
+        write_whole(directory / f"{name}.png", png)
         encoded[name] = {
             "png": base64.b64encode(png).decode(),
             "width": round(figure.get_figwidth() * CSS_PIXELS),
@@ -95,7 +94,7 @@ def write_report(
         summary=json.dumps(summary, indent=2, ensure_ascii=False, default=str),
     )
     index = directory / "index.html"
-    _write(index, page.encode())
+    write_whole(index, page.encode())
     return index
 
 
@@ -151,16 +150,3 @@ def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")
     return buffer.getvalue()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a file whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        os.unlink(temporary)
-        raise

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from langcell.config import Config
+from langcell.files import write_whole
 from langcell.inference.tables import METHODS, TABLES
 from langcell.recipes import pretrain
+from langcell.recipes.rundir import CONFIG, check_free, with_absolute_paths
 from langcell.recipes.session import connect
 
 SHOWN = ("accuracy", "balanced_accuracy")
@@ -24,25 +26,26 @@ SHOWN = ("accuracy", "balanced_accuracy")
 def run(config: Config) -> dict[str, Any]:
     """Run the main job for `run.seeds` seeds from `train.seed` on; a run that is whole is not run again.
 
-    The mean and each seed's figures of every table, which also stand in `run.dir/summary.json`.
+    The mean and each seed's figures of every table, which also stand in `run.dir/summary.json`. Raises
+    InputError where a run of a seed had other settings.
     """
     summaries = {}
     with connect(config.run):
         for seed in range(config.train.seed, config.train.seed + config.run.seeds):
             directory = Path(config.run.dir) / f"seed-{seed}"
             stored = directory / "summary.json"
-            if not stored.exists():
-                resume = (directory / "config.yaml").exists()
-                pretrain.run(
-                    replace(
-                        config,
-                        run=replace(config.run, dir=str(directory), resume=resume),
-                        train=replace(config.train, seed=seed),
-                    )
-                )
+            of_seed = replace(
+                config,
+                run=replace(config.run, dir=str(directory), resume=(directory / CONFIG).exists()),
+                train=replace(config.train, seed=seed),
+            )
+            if stored.exists():
+                check_free(with_absolute_paths(of_seed))
+            else:
+                pretrain.run(of_seed)
             summaries[seed] = json.loads(stored.read_text())
     result = average(summaries)
-    pretrain.write_json(Path(config.run.dir) / "summary.json", result)
+    write_whole(Path(config.run.dir) / "summary.json", json.dumps(result, indent=2))
     print(markdown(result), flush=True)
     return result
 

@@ -26,7 +26,7 @@ ENVIRONMENT = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "TOKENIZERS_PARALLELISM": "false",
     # PyTorch deprecates collectives that DeepSpeed still calls, once per process.
-    "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed",
+    "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger",
 }
 
 

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+import torch
 from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 
@@ -37,6 +38,7 @@ def make_plans(manifest: Manifest, corpus: CorpusOptions, train: TrainOptions) -
             global_batch=train.global_batch,
             micro_batch=train.micro_batch,
             window_steps=corpus.window_steps,
+            corpus_hash=manifest.hash,
         )
 
     trained, val = plan("train"), plan("val")
@@ -49,8 +51,10 @@ def make_plans(manifest: Manifest, corpus: CorpusOptions, train: TrainOptions) -
 
 
 def use_gpus(options: TrainOptions) -> bool:
-    """Whether workers take a GPU each: as told, else if the connected cluster has any."""
-    return bool(ray.cluster_resources().get("GPU")) if options.gpus is None else options.gpus
+    """Whether workers take a GPU each: as told, else if PyTorch can use one and the cluster has enough."""
+    if options.gpus is not None:
+        return options.gpus
+    return torch.version.cuda is not None and ray.cluster_resources().get("GPU", 0) >= options.num_workers
 
 
 def fit(task: StageTask) -> Path:

@@ -40,7 +40,7 @@ def save(engine: DeepSpeedEngine, directory: Path, cursor: Cursor) -> None:
     """Write a checkpoint into `directory`; every rank calls it, each writes its own shards."""
     engine.save_checkpoint(str(directory), tag="deepspeed", exclude_frozen_parameters=True)
     weights = whole_weights(engine.module.model, engine)
-    tau = float(engine.module.temperature())
+    tau = float(engine.module.temperature(engine.device).detach())
     if torch.distributed.get_rank() == 0:
         save_file(weights, directory / WEIGHTS, metadata={"tau": repr(tau)})
         (directory / "cursor.json").write_text(json.dumps(asdict(cursor)))

@@ -61,7 +61,12 @@ def build_engine(
     optimizer = torch.optim.AdamW(
         parameter_groups(module, lr, options.text_lr, options.weight_decay), fused=device.type == "cuda"
     )
-    schedule = get_cosine_schedule_with_warmup(optimizer, max(1, int(options.warmup_share * steps)), steps)
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    # From the schedule's second point on: at its first the rate is zero, a step that trains nothing.
+    schedule = get_cosine_schedule_with_warmup(
+        optimizer, max(1, int(options.warmup_share * steps)), steps + 1, last_epoch=0
+    )
     engine, *_ = deepspeed.initialize(
         model=module.to(device),
         optimizer=optimizer,

@@ -9,11 +9,12 @@ dashboard watches: `ray_langcell_loss{loss=...}`, `ray_langcell_cells_per_s`,
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
 from ray.util.metrics import Gauge
+
+from langcell.files import write_whole
 
 METRICS = "metrics.jsonl"
 RECOVERIES = "recoveries.jsonl"
@@ -33,7 +34,7 @@ class Metrics:
     """
 
     def __init__(self, directory: Path, run: str, stage: int, first_step: int) -> None:
-        cut_back(directory, first_step)
+        cut_back(directory, stage, first_step)
         self._file = (directory / METRICS).open("a")
         tags = {"run": run, "stage": str(stage)}
         self._gauges = {
@@ -65,16 +66,18 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines[:-1]]
 
 
-def cut_back(directory: Path, first_step: int) -> None:
-    """Drop the rows from global step `first_step` on, atomically, and note the recovery that asked for it."""
+def cut_back(directory: Path, stage: int, first_step: int) -> None:
+    """Drop a stage's rows from global step `first_step` on, atomically, and note the recovery.
+
+    Rows of the other stage stay: a finished stage that is passed through again cuts nothing.
+    """
     path = directory / METRICS
     rows = read(path)
-    kept = [row for row in rows if row["step"] < first_step]
+    kept = [row for row in rows if row["stage"] != stage or row["step"] < first_step]
+    if path.exists():
+        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
     if len(kept) == len(rows):
         return
     recovery = {"step": first_step, "steps_replayed": len(rows) - len(kept), "stopped": rows[-1]["time"]}
     with (directory / RECOVERIES).open("a") as file:
         file.write(json.dumps(recovery) + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
-    os.replace(temporary, path)

@@ -11,7 +11,7 @@ class TrainOptions:
     num_workers: int = 2
     """Ray Train workers (processes; one GPU each where `gpus` is on)."""
     gpus: bool | None = None
-    """Whether each worker takes one GPU. None: if the Ray cluster has any."""
+    """Whether each worker takes one GPU. None: if PyTorch is a CUDA build and the cluster has as many GPUs as workers (one that scaled to zero has none yet)."""
     cpus_per_worker: float = 1.0
     """Logical CPUs that Ray reserves for a worker (a fraction leaves room for the data tasks on a laptop)."""
     global_batch: int = 256

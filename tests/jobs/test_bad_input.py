@@ -122,7 +122,7 @@ def test_held_out_type_that_is_not_in_the_data(refused: Refused) -> None:
 
 
 def test_several_lanes_per_worker(refused: Refused) -> None:
-    message = refused("--train.micro_batch=8")
+    message = refused("--train.micro_batch=4")
     assert "4 lanes for 2 workers" in message
     assert "--train.num_workers 4" in message
 

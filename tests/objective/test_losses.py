@@ -150,4 +150,4 @@ def test_learnt_temperature_stays_in_its_range() -> None:
     temperature = Temperature(0.05, learnt=True)
     with torch.no_grad():
         temperature.log_tau_1.fill_(-50.0)
-    assert float(temperature().detach()) == pytest.approx(0.01)
+    assert float(temperature(torch.device("cpu")).detach()) == pytest.approx(0.01)

@@ -14,7 +14,8 @@ from langcell.config import parse
 from langcell.errors import InputError
 from langcell.inference.tables import MEASURES, TABLES
 from langcell.model.interop import load_export
-from langcell.recipes.pretrain import claim, run
+from langcell.recipes.pretrain import run
+from langcell.recipes.rundir import check_free, store, with_absolute_paths
 from langcell.train import metrics
 
 DEMO = Path(__file__).parents[2] / "jobs" / "configs" / "demo.yaml"
@@ -103,13 +104,33 @@ def test_a_finished_run_resumes_to_the_same_result(finished: tuple[Path, dict[st
 
 
 def test_a_directory_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
-    config = parse("", DEMO, ["--run.dir", str(tmp_path / "run")])
-    claim(config)
+    place = ["--run.dir", str(tmp_path / "run")]
+    config = with_absolute_paths(parse("", DEMO, place))
+    check_free(config)
+    store(config)
     with pytest.raises(InputError, match="holds a run already"):
-        claim(config)
-    other = parse("", DEMO, ["--run.dir", str(tmp_path / "run"), "--run.resume", "true", "--train.lr", "0.5"])
+        check_free(config)
+    resumed = with_absolute_paths(parse("", DEMO, [*place, "--run.resume", "true"]))
+    check_free(resumed)
+    other = with_absolute_paths(parse("", DEMO, [*place, "--run.resume", "true", "--train.lr", "0.5"]))
     with pytest.raises(InputError, match=r"train\.lr: 0\.001 there, 0\.5 asked for"):
-        claim(other)
-    fresh = parse("", DEMO, ["--run.dir", str(tmp_path / "other"), "--run.resume", "true"])
+        check_free(other)
+    absent = parse("", DEMO, ["--run.dir", str(tmp_path / "other"), "--run.resume", "true"])
     with pytest.raises(InputError, match="no run to go on with"):
-        claim(fresh)
+        check_free(absent)
+    again = parse("", DEMO, ["--config", str(tmp_path / "run" / "config.yaml")])
+    assert again == config
+
+
+def test_relative_paths_reach_workers_as_absolute_ones(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "weights").mkdir()
+    paths = ["--model.cell_init", "weights", "--model.text_init", "some/hub-id", "--run.dir", "r"]
+    config = with_absolute_paths(parse("", DEMO, paths))
+    assert config.model.cell_init == str(tmp_path / "weights")
+    assert config.model.text_init == "some/hub-id"
+    assert config.run.dir == str(tmp_path / "r")
+    with pytest.raises(InputError, match="is a URI"):
+        with_absolute_paths(parse("", DEMO, ["--run.dir", "s3://bucket/run"]))

@@ -115,9 +115,14 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
 def test_metrics_are_cut_back_and_the_cut_is_counted(tmp_path: Path) -> None:
     path = tmp_path / metrics.METRICS
-    path.write_text("".join(f'{{"step": {i}, "time": {100 + i}}}\n' for i in range(5)) + '{"step": 5, "ti')
-    metrics.cut_back(tmp_path, 3)
+    path.write_text(
+        "".join(f'{{"step": {i}, "stage": 2, "time": {100 + i}}}\n' for i in range(5)) + '{"step": 5, "ti'
+    )
+    metrics.cut_back(tmp_path, 1, 0)
+    assert [row["step"] for row in metrics.read(path)] == [0, 1, 2, 3, 4]
+    assert path.read_text().endswith("\n"), "a half-written line would spoil the next one"
+    metrics.cut_back(tmp_path, 2, 3)
     assert [row["step"] for row in metrics.read(path)] == [0, 1, 2]
     assert metrics.read(tmp_path / metrics.RECOVERIES) == [{"step": 3, "steps_replayed": 2, "stopped": 104}]
-    metrics.cut_back(tmp_path, 3)
+    metrics.cut_back(tmp_path, 2, 3)
     assert len(metrics.read(tmp_path / metrics.RECOVERIES)) == 1

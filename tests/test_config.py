@@ -1,0 +1,46 @@
+"""One tree of options: presets, overrides, and every wrong value refused by name."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from langcell.config import BOUNDS, parse
+from langcell.errors import InputError
+
+CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
+
+
+@pytest.mark.parametrize("preset", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
+def test_presets_are_valid(preset: Path) -> None:
+    parse("", preset, [])
+
+
+def test_overrides_follow_the_preset() -> None:
+    config = parse("", CONFIGS / "demo.yaml", ["--train.lr", "0.5", "--eval.new_words", "auto"])
+    assert config.train.lr == 0.5
+    assert config.eval.new_words == "auto"
+    assert config.train.stage2_epochs > 3, "the preset's other values stay"
+
+
+@pytest.mark.parametrize("key", BOUNDS)
+def test_a_value_out_of_range_is_named(key: str) -> None:
+    least, _ = BOUNDS[key]
+    with pytest.raises(InputError, match=re.escape(f"--{key} is ")):
+        parse("", CONFIGS / "demo.yaml", [f"--{key}={-1 if least == 0 else 0}"])
+
+
+@pytest.mark.parametrize(
+    "argument",
+    ["--train.lrr=1", "--train.zero=4", "--train.lr=fast", "--config=absent.yaml", "--model.text_train=x"],
+)
+def test_what_does_not_exist_is_refused(argument: str) -> None:
+    with pytest.raises(InputError, match="configuration: "):
+        parse("", CONFIGS / "demo.yaml", [argument])
+
+
+def test_several_lanes_a_worker_are_refused() -> None:
+    with pytest.raises(InputError, match="One lane a worker"):
+        parse("", CONFIGS / "demo.yaml", ["--train.micro_batch=4"])
