@@ -78,20 +78,46 @@ def parse(description: str, default: Path, argv: Sequence[str] | None = None) ->
     return config
 
 
-AT_LEAST_ONE = """
-census.slice_nnz corpus.row_group_cells corpus.window_steps corpus.prefetch model.cell_layers
-model.cell_width model.cell_heads model.projection objective.ctm_cells train.num_workers
-train.global_batch train.micro_batch train.stage1_epochs train.stage2_epochs train.checkpoint_epochs
-train.evaluate_epochs train.collective_timeout_s eval.top_k eval.max_cells eval.batch_tokens
-run.seeds
-""".split()
-SHARES = """
-text.short_share corpus.test_share corpus.val_share model.cell_dropout objective.mask_ratio
-train.warmup_share eval.a
-""".split()
-NOT_NEGATIVE = """
-text.short_variants train.lr train.text_lr train.weight_decay train.clip train.max_failures
-""".split()
+AT_LEAST_ONE = [
+    "census.slice_nnz",
+    "corpus.row_group_cells",
+    "corpus.window_steps",
+    "corpus.prefetch",
+    "model.cell_layers",
+    "model.cell_width",
+    "model.cell_heads",
+    "model.projection",
+    "objective.ctm_cells",
+    "train.num_workers",
+    "train.global_batch",
+    "train.micro_batch",
+    "train.stage1_epochs",
+    "train.stage2_epochs",
+    "train.checkpoint_epochs",
+    "train.evaluate_epochs",
+    "train.collective_timeout_s",
+    "eval.top_k",
+    "eval.max_cells",
+    "eval.batch_tokens",
+    "run.seeds",
+]
+SHARES = [
+    "text.short_share",
+    "corpus.test_share",
+    "corpus.val_share",
+    "model.cell_dropout",
+    "objective.mask_ratio",
+    "train.warmup_share",
+    "eval.a",
+]
+NOT_NEGATIVE = [
+    "text.short_variants",
+    "train.lr",
+    "train.text_lr",
+    "train.weight_decay",
+    "train.clip",
+    "train.max_failures",
+]
 BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(AT_LEAST_ONE, (1, math.inf)),
     **dict.fromkeys(SHARES, (0, 1)),
@@ -121,8 +147,8 @@ def validate(config: Config) -> None:
     if train.global_batch != train.micro_batch * train.num_workers:
         raise InputError(
             f"--train.global_batch {train.global_batch} is not --train.micro_batch {train.micro_batch} x "
-            f"--train.num_workers {train.num_workers}. One lane a worker is what this version trains; several "
-            "(accumulation with a contrastive batch that stays global) come later."
+            f"--train.num_workers {train.num_workers}. One lane a worker is what this version trains; "
+            "several (accumulation with a contrastive batch that stays global) come later."
         )
 
 
