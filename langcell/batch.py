@@ -110,15 +110,14 @@ class TextTable:
     A distinct text stands in `1 + short` consecutive rows: the full text, then its shortened
     variants (facets other than the cell type dropped; the last is the cell type alone).
     packed: N rows; text_id: int64, sorted, one per distinct text; term: int64, index of each distinct
-    text's cell-type term in the corpus's sorted terms, -1 where the ontology has none; trained: bool,
-    whether a training cell has the text; variants: `1 + short`; related_CC: bool, true where one term
-    is an ontology ancestor of the other (never on the diagonal).
+    text's cell-type term in the corpus's sorted terms, -1 where the ontology has none; variants:
+    `1 + short`; related_CC: bool, true where one term is an ontology ancestor of the other (never on
+    the diagonal).
     """
 
     packed: Packed
     text_id: np.ndarray
     term: np.ndarray
-    trained: np.ndarray
     variants: int
     related_CC: Tensor
 
@@ -140,7 +139,6 @@ class TextTable:
             self.packed.to(device),
             self.text_id,
             self.term,
-            self.trained,
             self.variants,
             self.related_CC.to(device),
         )

@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 import torch
 
 from langcell.batch import Packed, TextTable
-from langcell.corpus.schema import SPLITS, TRAIN, text_schema
+from langcell.corpus.schema import SPLITS, text_schema
 from langcell.corpus.storage import open_root, read_file
 from langcell.errors import InputError
 from langcell.text.describe import Coverage, describe
@@ -205,7 +205,6 @@ def load_text_table(dir: str, tokenizer: PreTrainedTokenizerBase, max_length: in
         packed=packed.select(torch.from_numpy(row_KV.ravel())),
         text_id=texts.text_id,
         term=texts.term_index,
-        trained=texts.cells[:, TRAIN] > 0,
         variants=row_KV.shape[1],
         related_CC=related_terms(texts),
     )

@@ -63,11 +63,6 @@ class LangCell(nn.Module):
         """z_t [K, Z], L2-normalised, float32, from pooled states."""
         return F.normalize(self.text_proj(pooled_KH.to(self.text_proj.weight.dtype)).float(), dim=-1)
 
-    @torch.no_grad()
-    def centre_texts(self, mean_H: Tensor) -> None:
-        """Set the text projection's bias so that the pooled state `mean_H` is mapped to the origin."""
-        self.text_proj.bias.copy_(-self.text_proj.weight @ mean_H)
-
     def project_texts(self, texts: Packed) -> Tensor:
         """g1: z_t [K, Z], L2-normalised."""
         return self.project_pooled(self.pool_texts(texts))

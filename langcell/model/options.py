@@ -24,7 +24,5 @@ class ModelOptions:
     """State that is projected into the joint space: `cls` (as LangCell) or `mean`."""
     text_train: Literal["all", "projection"] = "all"
     """Text parameters that train: `all`, or `projection` (projection and cross-attention only; unimodal states are then computed once)."""
-    text_centred: bool = False
-    """Whether the text projection starts with the mean training text at its origin. Sentence encoders put all texts into a narrow cone, where one general text is near to every cell; without the common part their differences are seen."""
     projection: int = 256
     """Width of the joint space (features)."""

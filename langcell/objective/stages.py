@@ -15,7 +15,6 @@ the text table.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -67,29 +66,17 @@ class Stage(nn.Module):
             parameter.requires_grad_(not (locked or (stage == 1 and module in TEXT_MODULES)))
         self.text_locked = text_train == "projection"
 
-    def pool_table(self) -> None:
-        """Compute the locked unimodal states of every text, on every rank alike."""
-        self.pooled_NH = self._pool(torch.arange(len(self.texts.packed)))
-
-    def centre_texts(self, most: int = 4096) -> None:
-        """Start the text projection with the mean training text (all variants; of at most `most` rows)
-        at its origin. Held-out texts have no part in it."""
-        row_N = torch.from_numpy(np.repeat(self.texts.trained, self.texts.variants).nonzero()[0])
-        stride = -(-len(row_N) // most)
-        self.model.centre_texts(self._pool(row_N[::stride]).mean(dim=0))
-
     @torch.no_grad()
-    def _pool(self, row_K: Tensor, chunk: int = 64) -> Tensor:
-        """Pooled states of rows of the text table, `chunk` texts a call, dropout off."""
+    def pool_table(self, chunk: int = 64) -> None:
+        """Compute the locked unimodal states of every text, `chunk` texts a call, on every rank alike."""
         packed = self.texts.packed
+        row_N = torch.arange(len(packed), device=packed.tokens_T.device)
         was_training = self.model.training
         self.model.eval()
-        pooled = [
-            self.model.pool_texts(packed.select(part))
-            for part in row_K.to(packed.tokens_T.device).split(chunk)
-        ]
+        self.pooled_NH = torch.cat(
+            [self.model.pool_texts(packed.select(row_K)) for row_K in row_N.split(chunk)]
+        )
         self.model.train(was_training)
-        return torch.cat(pooled)
 
     def forward(self, batch: MicroBatch, step: int) -> dict[str, Tensor]:
         """This rank's share of each loss, and `total`, the scalar to run backward on.

@@ -120,12 +120,8 @@ class _Worker:
             text_train=task.model.text_train,
             texts=self.texts.to(self.device),
         )
-        if task.stage == 2:
-            stage.to(self.device)
-            if task.model.text_centred:
-                stage.centre_texts()
-            if stage.text_locked:
-                stage.pool_table()
+        if task.stage == 2 and stage.text_locked:
+            stage.to(self.device).pool_table()
         return build_engine(
             stage, task.train, lr=task.lr, steps=task.epochs * task.plan.steps, device=self.device
         )

@@ -70,7 +70,6 @@ def test_tokens_stay_with_their_cell(corpus: tuple[str, Plan]) -> None:
         Packed.from_sequences([[i] for i in range(6)]),
         text_id=np.array(TEXTS),
         term=np.array([0, -1, 1]),
-        trained=np.ones(3, bool),
         variants=2,
         related_CC=torch.zeros(2, 2, dtype=torch.bool),
     )
@@ -89,9 +88,7 @@ def test_tokens_stay_with_their_cell(corpus: tuple[str, Plan]) -> None:
 def test_a_text_that_the_table_lacks_is_an_error(corpus: tuple[str, Plan]) -> None:
     directory, plan = corpus
     [window, *_] = plan.windows(0, 0)
-    table = TextTable(
-        Packed.from_sequences([[0]]), np.array([11]), np.array([0]), np.ones(1, bool), 1, torch.zeros(1, 1)
-    )
+    table = TextTable(Packed.from_sequences([[0]]), np.array([11]), np.array([0]), 1, torch.zeros(1, 1))
     with pytest.raises(KeyError, match="not in the corpus's text table"):
         micro_batch(deal_window(directory, plan, window).slice(0, 1), table, epoch=0, short_share=0, seed=0)
 

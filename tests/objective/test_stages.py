@@ -27,21 +27,6 @@ def test_locked_states_give_the_losses_of_live_ones() -> None:
         torch.testing.assert_close(locked(toy.batch(), 3)[name], share, rtol=1e-5, atol=1e-6)
 
 
-def test_centred_texts_leave_the_held_out_text_out() -> None:
-    """The mean projected training text is the origin; a text of no training cell moves nothing."""
-    stage = toy.stage(2)
-    stage.centre_texts()
-    texts = stage.texts
-    rows = torch.from_numpy(texts.trained.repeat(texts.variants)).nonzero().squeeze(1)
-    projected = stage.model.text_proj(stage.model.pool_texts(texts.packed.select(rows)))
-    torch.testing.assert_close(projected.mean(0), torch.zeros(8), rtol=0, atol=1e-5)
-    everything = torch.arange(len(texts.packed))
-    assert (
-        stage.model.text_proj(stage.model.pool_texts(texts.packed.select(everything))).mean(0).abs().max()
-        > 1e-3
-    )
-
-
 def test_three_passes_and_two() -> None:
     """`mgm_view: own` reads the cells three times, `shared` twice."""
     for view, passes in (("own", 3), ("shared", 2)):

@@ -46,7 +46,6 @@ def texts() -> TextTable:
         Packed.from_sequences(rows),
         text_id=torch.tensor([100, 200, 300, 400]).numpy(),
         term=torch.tensor(TERM).numpy(),
-        trained=torch.tensor([True, True, True, False]).numpy(),
         variants=2,
         related_CC=related,
     )

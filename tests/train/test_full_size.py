@@ -48,7 +48,6 @@ def one_step(rank: int, cell_init: str, text_init: str) -> tuple[dict[str, float
         Packed.from_sequences([rng.integers(5, 30_000, n) for n in (300, 512)]),
         text_id=np.array([10, 20]),
         term=np.array([0, 1]),
-        trained=np.array([True, True]),
         variants=1,
         related_CC=torch.zeros(2, 2, dtype=torch.bool),
     )
