@@ -37,8 +37,9 @@ class Packed:
         """From one flat array of tokens and its B + 1 offsets (any integer types)."""
         lengths_B = np.diff(offsets)
         return cls(
-            torch.from_numpy(np.ascontiguousarray(tokens, dtype=np.int64)),
-            torch.from_numpy(np.ascontiguousarray(offsets, dtype=np.int32)),
+            # Copies: a view of Arrow's memory is read-only, which PyTorch cannot promise to keep.
+            torch.from_numpy(np.array(tokens, dtype=np.int64)),
+            torch.from_numpy(np.array(offsets, dtype=np.int32)),
             int(lengths_B.max(initial=0)),
         )
 

@@ -60,6 +60,7 @@ def connect(options: RunOptions) -> Iterator[None]:
             logging_level=logging.WARNING,
             runtime_env=runtime_env,
         )
+    logging.getLogger("ray.data").setLevel(logging.WARNING)  # a table of operators every five seconds
     try:
         yield
     finally:

@@ -104,3 +104,11 @@ def test_one_variant_a_text_and_epoch() -> None:
         assert set(drawn[:, column]) == {0, 1, 2, 3}
     alone = draw_variants(ids[3:4], variants=4, short_share=0.25, seed=0, epoch=5)
     assert alone[0] == drawn[5, 3]
+
+
+def test_packing_does_not_share_arrows_memory() -> None:
+    """Arrow's arrays are read-only; a tensor over them could be written through."""
+    tokens = pa.array([1, 2, 3], pa.int64()).to_numpy()
+    packed = Packed.from_offsets(tokens, pa.array([0, 3], pa.int32()).to_numpy())
+    packed.tokens_T[0] = 9
+    assert tokens.tolist() == [1, 2, 3]
