@@ -27,7 +27,7 @@ from typing import Literal, NamedTuple
 
 from langcell.errors import InputError
 from langcell.text.ontology import Ontology, Term
-from langcell.text.options import TextOptions
+from langcell.text.options import FACETS, TextOptions
 
 ONTOLOGIES_OF: dict[str, tuple[str, ...]] = {
     "cell_type": ("CL",),
@@ -40,9 +40,6 @@ ONTOLOGIES_OF: dict[str, tuple[str, ...]] = {
     "self_reported_ethnicity": ("HANCESTRO",),
 }
 """The ontologies whose terms each facet may hold (CELLxGENE's schema, human data)."""
-
-FACETS = tuple(ONTOLOGIES_OF)
-"""The eight facets in the order of the texts: obs columns, each with a `*_ontology_term_id` beside it."""
 
 UNKNOWN = frozenset({"", "unknown", "na", "n/a", "nan", "none", "null", "<na>"})
 """Values, in lower case, that say nothing."""

@@ -2,36 +2,26 @@
 
 from dataclasses import dataclass, field
 
+FACETS = (
+    "cell_type",
+    "assay",
+    "development_stage",
+    "tissue",
+    "tissue_general",
+    "disease",
+    "sex",
+    "self_reported_ethnicity",
+)
+"""The eight facets in the order of the texts: obs columns, each with a `*_ontology_term_id` beside it."""
+
 
 @dataclass
 class TextOptions:
     """The text of a cell."""
 
-    facets: list[str] = field(
-        default_factory=lambda: [
-            "cell_type",
-            "assay",
-            "development_stage",
-            "tissue",
-            "tissue_general",
-            "disease",
-            "sex",
-            "self_reported_ethnicity",
-        ]
-    )
+    facets: list[str] = field(default_factory=lambda: list(FACETS))
     """Facets that stand in a text, in this order (obs column names)."""
-    define: list[str] = field(
-        default_factory=lambda: [
-            "cell_type",
-            "assay",
-            "development_stage",
-            "tissue",
-            "tissue_general",
-            "disease",
-            "sex",
-            "self_reported_ethnicity",
-        ]
-    )
+    define: list[str] = field(default_factory=lambda: list(FACETS))
     """Facets whose ontology definition follows the name."""
     ontologies: list[str] = field(default_factory=list)
     """OBO Foundry releases (OWL or OBO; files or URLs) read in place of those that CELLxGENE ships in `cellxgene-ontology-guide`, each for its own ontology."""

@@ -50,6 +50,7 @@ def refused(
         assert code == INPUT_ERROR, message
         assert "\nerror: " in f"\n{message}"
         assert "Traceback" not in message
+        assert not (tmp_path / "run").exists(), "the corrected command would find the directory taken"
         return message
 
     return run
