@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 import tiledbsoma as soma
-from transformers import BertConfig
+from transformers import BertConfig, BertModel
 
 from langcell.recipes import pretrain
 from langcell.recipes.entry import INPUT_ERROR, main
@@ -109,7 +109,8 @@ def test_fewer_cells_than_one_global_batch(refused: Refused, corpus: Path) -> No
 
 
 def test_vocabulary_that_does_not_fit_the_checkpoint(refused: Refused, corpus: Path, tmp_path: Path) -> None:
-    BertConfig(vocab_size=25_426, max_position_embeddings=2048).save_pretrained(tmp_path / "geneformer")
+    tiny = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
+    BertModel(BertConfig(vocab_size=25_426, **tiny)).save_pretrained(tmp_path / "geneformer")
     message = refused(f"--corpus.dir={corpus}", f"--model.cell_init={tmp_path / 'geneformer'}")
     assert "vocabulary" in message
     assert "25426" in message
@@ -124,7 +125,7 @@ def test_held_out_type_that_is_not_in_the_data(refused: Refused) -> None:
 
 def test_several_lanes_per_worker(refused: Refused) -> None:
     message = refused("--train.micro_batch=4")
-    assert "4 lanes for 2 workers" in message
+    assert "One lane a worker" in message
     assert "--train.num_workers 4" in message
 
 
