@@ -145,10 +145,12 @@ def validate(config: Config) -> None:
         )
     train = config.train
     if train.global_batch != train.micro_batch * train.num_workers:
+        lanes = train.global_batch / train.micro_batch
         raise InputError(
-            f"--train.global_batch {train.global_batch} is not --train.micro_batch {train.micro_batch} x "
-            f"--train.num_workers {train.num_workers}. One lane a worker is what this version trains; "
-            "several (accumulation with a contrastive batch that stays global) come later."
+            f"--train.global_batch {train.global_batch} over --train.micro_batch {train.micro_batch} makes "
+            f"{lanes:g} lanes for {train.num_workers} workers. One lane a worker is what this version trains; "
+            "several (accumulation with a contrastive batch that stays global) come later. Let global_batch be "
+            "micro_batch x num_workers."
         )
 
 

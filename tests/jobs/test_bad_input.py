@@ -125,8 +125,8 @@ def test_held_out_type_that_is_not_in_the_data(refused: Refused) -> None:
 
 def test_several_lanes_per_worker(refused: Refused) -> None:
     message = refused("--train.micro_batch=4")
+    assert "4 lanes for 2 workers" in message
     assert "One lane a worker" in message
-    assert "--train.num_workers 4" in message
 
 
 def test_the_shell_sees_the_message_alone(tmp_path: Path) -> None:
