@@ -148,9 +148,9 @@ def validate(config: Config) -> None:
         lanes = train.global_batch / train.micro_batch
         raise InputError(
             f"--train.global_batch {train.global_batch} over --train.micro_batch {train.micro_batch} makes "
-            f"{lanes:g} lanes for {train.num_workers} workers. One lane a worker is what this version trains; "
-            "several (accumulation with a contrastive batch that stays global) come later. Let global_batch be "
-            "micro_batch x num_workers."
+            f"{lanes:g} lanes for {train.num_workers} workers. One lane a worker is what this version "
+            "trains; several (accumulation with a contrastive batch that stays global) come later. Let the "
+            "global batch be micro_batch x num_workers."
         )
 
 
