@@ -5,8 +5,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from langcell import files
 from langcell.inference.tables import TABLES, Table
-from langcell.recipes import report
 from langcell.recipes.report import MEANING, write_report
 
 ODD = "<script>alert('1')</script> & \"odd\" {{ 7 * 7 }} Ü ||"
@@ -145,8 +145,8 @@ def test_a_failed_write_leaves_the_report_that_was_there(tmp_path, monkeypatch):
     def full_disk(source, target):
         raise OSError("no space left")
 
-    monkeypatch.setattr(report.os, "replace", full_disk)
+    monkeypatch.setattr(files.os, "replace", full_disk)
     with pytest.raises(OSError, match="no space"):
         write(tmp_path, title="Another")
     assert (tmp_path / "index.html").read_bytes() == before
-    assert not list(tmp_path.glob(".*"))
+    assert not list(tmp_path.glob("*.tmp"))
