@@ -84,7 +84,7 @@ def test_the_export_is_whole_and_the_report_stands_alone(finished: tuple[Path, d
     directory, _ = finished
     model, config = load_export(directory / "export")
     assert not model.training
-    assert config["tau"] == pytest.approx(0.05)
+    assert config["tau"] == pytest.approx(0.2)
     names = {path.name for path in (directory / "export").iterdir()}
     assert {"vocabulary.json", "beta.parquet", "README.md", "tokenizer.json"} <= names
     report = (directory / "report" / "index.html").read_text()
