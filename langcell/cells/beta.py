@@ -89,10 +89,6 @@ def merge_histograms(parts: Iterable[Histogram]) -> Histogram:
     return _add_runs(code[order], count[order])
 
 
-merge_collected = merge_histograms
-"""Merges partial results of the second pass."""
-
-
 def median_bins(hist: Histogram, n_genes: int) -> MedianBins:
     """Where each gene's middle values lie, from the merged histogram of the first pass."""
     n, low, high, _ = _middle(hist, n_genes)

@@ -46,7 +46,6 @@ from langcell.cells.beta import (
     finish,
     histogram,
     median_bins,
-    merge_collected,
     merge_histograms,
 )
 from langcell.cells.normalize import check_counts
@@ -80,7 +79,7 @@ def train_beta(census: CensusOptions, var: pa.Table, slices: list[Slice], releas
     def collect_of(part: Slice, bins: Any) -> Any:
         return collect(*_read_train(census, n_vars, part), bins)
 
-    collected = _reduce(collect_of, merge_collected, slices, "beta: medians", bins)
+    collected = _reduce(collect_of, merge_histograms, slices, "beta: medians", bins)
     ids, names = var["feature_id"].to_pylist(), var["feature_name"].to_pylist()
     about = release | {"cells": str(sum(n_train.values()))}
     return ray.get(_task(finish).remote(counted, bins, collected, ids, names, about))

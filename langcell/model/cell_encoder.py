@@ -12,7 +12,7 @@ from transformers import BertConfig, BertModel
 from langcell.model.options import ModelOptions
 from langcell.model.packed import IMPLEMENTATION
 
-PAD, MASK = 0, 1
+PAD, MASK, FIRST_GENE = 0, 1, 2  # then the genes; <cls> is the last token
 
 
 def scratch_config(options: ModelOptions, vocab_size: int, max_length: int) -> BertConfig:

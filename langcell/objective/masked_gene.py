@@ -15,11 +15,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from langcell.batch import Packed
-from langcell.model.cell_encoder import MASK
+from langcell.model.cell_encoder import FIRST_GENE, MASK
 from langcell.model.heads import GeneHead
 from langcell.objective import draws
 
-FIRST_GENE = 2  # <pad> and <mask> stand before the genes, <cls> after them
 CHOOSE, REPLACE, GENE = 1, 2, 3  # purposes of the draws
 
 

@@ -152,14 +152,6 @@ class Coverage:
         for triple in description.unresolved:
             self.unresolved[triple] += cells
 
-    def merge(self, other: "Coverage") -> None:
-        """Add the counts of another part of the corpus."""
-        self.cells += other.cells
-        self.empty += other.empty
-        for facet, counts in other.facets.items():
-            self.facets.setdefault(facet, Counter()).update(counts)
-        self.unresolved.update(other.unresolved)
-
     def to_dict(self) -> dict[str, object]:
         """Plain containers for a manifest, in an order that does not depend on that of counting."""
         ranked = sorted(self.unresolved.items(), key=lambda item: (-item[1], item[0]))

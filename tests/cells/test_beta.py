@@ -21,7 +21,6 @@ from langcell.cells.beta import (
     finish,
     histogram,
     median_bins,
-    merge_collected,
     merge_histograms,
 )
 from langcell.errors import InputError
@@ -51,7 +50,7 @@ def compute(counts: sp.csr_matrix, totals: np.ndarray, cuts: list[int], seed: in
 
     hist = merged([histogram(*s) for s in slices], merge_histograms)
     bins = median_bins(hist, counts.shape[1])
-    collected = merged([collect(*s, bins) for s in slices], merge_collected)
+    collected = merged([collect(*s, bins) for s in slices], merge_histograms)
     genes = [f"G{g}" for g in range(counts.shape[1])]
     return finish(hist, bins, collected, genes, genes)
 
@@ -134,7 +133,7 @@ def test_passes_over_different_cells_are_noticed() -> None:
     with pytest.raises(RuntimeError, match="same cells"):
         finish(hist, bins, short, list("abcd"), list("abcd"))
     whole = collect(counts, totals, bins)
-    twice = merge_collected([whole, short])
+    twice = merge_histograms([whole, short])
     with pytest.raises(RuntimeError, match="same cells"):
         finish(hist, bins, twice, list("abcd"), list("abcd"))
 
