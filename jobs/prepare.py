@@ -7,4 +7,4 @@ from langcell.recipes import prepare
 from langcell.recipes.entry import main
 
 if __name__ == "__main__":
-    sys.exit(main(prepare.run, __doc__, Path(__file__).parent / "configs" / "demo.yaml"))
+    sys.exit(main(prepare.run, __doc__, Path(__file__).parent / "configs" / "demo.yaml", plan=prepare.plan))

@@ -52,6 +52,13 @@ def parse(description: str, default: Path, argv: Sequence[str] | None = None) ->
     default: the preset that is read where no `--config` is given. Raises InputError on a key or a
     value that is wrong.
     """
+    return parse_job(description, default, argv)[0]
+
+
+def parse_job(
+    description: str, default: Path, argv: Sequence[str] | None = None, *, can_plan: bool = False
+) -> tuple[Config, bool]:
+    """The configuration, and whether the job `can_plan` and `--plan` is given."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = ArgumentParser(
@@ -60,6 +67,10 @@ def parse(description: str, default: Path, argv: Sequence[str] | None = None) ->
     parser.add_argument(
         "--config", action="config", help=f"YAML preset; overrides follow it. Default: {default.name}"
     )
+    if can_plan:
+        parser.add_argument(
+            "--plan", action="store_true", help="Only say what the job would take: read obs, start nothing."
+        )
     for room in dataclasses.fields(Config):
         parser.add_class_arguments(room.default_factory, room.name)  # type: ignore[arg-type]
     if not any(arg == "--config" or arg.startswith("--config=") for arg in argv):
@@ -75,11 +86,13 @@ def parse(description: str, default: Path, argv: Sequence[str] | None = None) ->
         }
     )
     validate(config)
-    return config
+    return config, can_plan and values["plan"]
 
 
 AT_LEAST_ONE = [
     "census.slice_nnz",
+    "census.attempts",
+    "census.expected_cells",
     "corpus.row_group_cells",
     "corpus.window_steps",
     "corpus.prefetch",

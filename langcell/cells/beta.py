@@ -156,6 +156,18 @@ class Beta:
         digest.update(one_nan.astype(self.beta.dtype.newbyteorder("<")).tobytes())
         return digest.hexdigest()
 
+    def without(self, genes: Iterable[str], metadata: Mapping[str, str]) -> Beta:
+        """The same but for some genes (ids), with more metadata."""
+        left_out = set(genes)
+        kept = [i for i, gene in enumerate(self.feature_id) if gene not in left_out]
+        return Beta(
+            [self.feature_id[i] for i in kept],
+            [self.feature_name[i] for i in kept],
+            self.n_nonzero[kept],
+            self.beta[kept],
+            {**self.metadata, **metadata},
+        )
+
     def write(self, path: str, filesystem: fs.FileSystem | None = None) -> None:
         """Writes Parquet: feature_id, feature_name, n_nonzero, beta; hash and metadata in the schema."""
         table = pa.table(

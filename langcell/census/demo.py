@@ -18,30 +18,21 @@ them, and what is not:
   Ensembl: `feature_id` repeats the symbol, `feature_type` says `unknown`, `feature_length` is 0.
 - The donor is healthy; sex and ethnicity do not come with the data and are `unknown`. `adult stage`
   says no more of a blood donor than its definition does: a sexually mature human.
-
-A reader never sees a half-written Census: it is written beside its place and renamed into it.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import os
-import shutil
-import tempfile
 import warnings
 from pathlib import Path
-from typing import Any
 
 import anndata
 import numpy as np
 import pyarrow as pa
 import scipy.sparse as sp
-import tiledbsoma as soma
 
+from langcell.census.layout import build_whole, categorical, make_var, write_census
 from langcell.errors import InputError
-
-SCHEMA_VERSION = "2.4.0"
-ORGANISM = "homo_sapiens"
 
 _TYPES = {
     "Dendritic": ("CL:0000451", "dendritic cell"),
@@ -69,26 +60,6 @@ _SHARED = {
     "tissue_general": ("blood", "UBERON:0000178"),
 }
 
-_ZSTD9, _ZSTD19 = ({"_type": "ZstdFilter", "level": level} for level in (9, 19))
-_SHUFFLED = {"filters": ["ByteShuffleFilter", _ZSTD9]}
-
-# As the Census's builder creates X/raw (tools/cellxgene_census_builder, globals.py).
-_X_CONFIG = {
-    "tiledb": {
-        "create": {
-            "capacity": 2**16,
-            "dims": {
-                "soma_dim_0": {"tile": 2048, "filters": [_ZSTD9]},
-                "soma_dim_1": {"tile": 2048, **_SHUFFLED},
-            },
-            "attrs": {"soma_data": _SHUFFLED},
-            "cell_order": "row-major",
-            "tile_order": "row-major",
-            "allows_duplicates": True,
-        }
-    }
-}
-
 
 def build_demo(path: str) -> str:
     """Writes the mini Census to the local folder `path` unless it stands there, and returns its URI.
@@ -97,26 +68,12 @@ def build_demo(path: str) -> str:
     Takes about a second. Raises InputError where scanpy is not installed, RuntimeError where its
     file is not the one described above.
     """
-    target = os.path.abspath(path)
-    if soma.Collection.exists(target):
-        return target
-    counts, obs, var = _cells()
-    Path(target).parent.mkdir(parents=True, exist_ok=True)
-    scratch = tempfile.mkdtemp(prefix=f".{Path(target).name}-", dir=Path(target).parent)
-    try:
-        whole = os.path.join(scratch, "census")
-        _write(whole, counts, obs, var)
-        try:
-            os.rename(whole, target)
-        except OSError as error:
-            if not soma.Collection.exists(target):  # else another process was first
-                raise InputError(
-                    f"cannot place the mini Census at {target}: {error.strerror}. Give another "
-                    "folder (census.dir) or remove what stands there."
-                ) from error
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
-    return target
+
+    def write(whole: str) -> None:
+        counts, obs, var = _cells()
+        write_census(whole, [counts], obs, var, build="demo")
+
+    return build_whole(path, write)
 
 
 def _source() -> Path:
@@ -145,17 +102,16 @@ def _cells() -> tuple[sp.csr_matrix, pa.Table, pa.Table]:
             f"integers by up to {residual:.3f}, smallest {counts.data.min():g}"
         )
     labels = data.obs["bulk_labels"].astype(str).tolist()
-    obs = _obs(counts, totals, labels, data.obs_names.tolist())
-    return counts.astype(np.float32), obs, _var(counts, data.raw.var_names.tolist())
+    obs = _obs(totals, labels, data.obs_names.tolist())
+    symbols = data.raw.var_names.tolist()
+    return counts.astype(np.float32), obs, make_var(symbols, symbols)
 
 
-def _obs(counts: sp.csr_matrix, totals: np.ndarray, labels: list[str], barcodes: list[str]) -> pa.Table:
-    n_cells, n_genes = counts.shape
-    nnz = np.diff(counts.indptr)
-    rows = np.split(counts.data, counts.indptr[1:-1])
+def _obs(totals: np.ndarray, labels: list[str], barcodes: list[str]) -> pa.Table:
+    n_cells = len(labels)
 
     def same(value: str) -> pa.Array:
-        return _dictionary([value] * n_cells)
+        return categorical([value] * n_cells)
 
     def facet(name: str) -> dict[str, pa.Array]:
         label, term = _SHARED[name]
@@ -166,8 +122,8 @@ def _obs(counts: sp.csr_matrix, totals: np.ndarray, labels: list[str], barcodes:
             "soma_joinid": pa.array(range(n_cells), pa.int64()),
             "dataset_id": same("10x_pbmc68k_reduced"),
             **facet("assay"),
-            "cell_type": _dictionary([_TYPES[label][1] for label in labels]),
-            "cell_type_ontology_term_id": _dictionary([_TYPES[label][0] for label in labels]),
+            "cell_type": categorical([_TYPES[label][1] for label in labels]),
+            "cell_type_ontology_term_id": categorical([_TYPES[label][0] for label in labels]),
             **facet("development_stage"),
             **facet("disease"),
             "donor_id": same("Donor A"),
@@ -180,100 +136,5 @@ def _obs(counts: sp.csr_matrix, totals: np.ndarray, labels: list[str], barcodes:
             "tissue_type": same("tissue"),
             **facet("tissue_general"),
             "raw_sum": totals,
-            "nnz": pa.array(nnz, pa.int64()),
-            "raw_mean_nnz": np.array([row.mean() for row in rows]),
-            "raw_variance_nnz": np.array([row.var(ddof=1) for row in rows]),
-            "n_measured_vars": pa.array([n_genes] * n_cells, pa.int64()),
         }
     )
-
-
-def _var(counts: sp.csr_matrix, symbols: list[str]) -> pa.Table:
-    n_cells, n_genes = counts.shape
-    return pa.table(
-        {
-            "soma_joinid": pa.array(range(n_genes), pa.int64()),
-            "feature_id": pa.array(symbols, pa.large_string()),
-            "feature_name": pa.array(symbols, pa.large_string()),
-            "feature_type": pa.array(["unknown"] * n_genes, pa.large_string()),
-            "feature_length": pa.array([0] * n_genes, pa.int64()),
-            "nnz": pa.array(counts.getnnz(axis=0), pa.int64()),
-            "n_measured_obs": pa.array([n_cells] * n_genes, pa.int64()),
-        }
-    )
-
-
-def _dictionary(values: list[str]) -> pa.DictionaryArray:
-    """Categories as the Census stores them: large strings under the narrowest signed index."""
-    encoded = pa.array(values, pa.large_string()).dictionary_encode()
-    index = pa.int8() if len(encoded.dictionary) < 128 else pa.int16()
-    return pa.DictionaryArray.from_arrays(encoded.indices.cast(index), encoded.dictionary)
-
-
-def _write(path: str, counts: sp.csr_matrix, obs: pa.Table, var: pa.Table) -> None:
-    summary = pa.table(
-        {
-            "soma_joinid": pa.array(range(4), pa.int64()),
-            "label": ["census_schema_version", "census_build_date", "total_cell_count", "unique_cell_count"],
-            "value": [SCHEMA_VERSION, "demo", str(len(obs)), str(len(obs))],
-        }
-    )
-    matrix = counts.tocoo()
-    x_raw = pa.table(
-        {
-            "soma_dim_0": matrix.row.astype(np.int64),
-            "soma_dim_1": matrix.col.astype(np.int64),
-            "soma_data": matrix.data,
-        }
-    )
-    census: soma.Collection[Any] = soma.Collection.create(path)
-    with census:
-        _write_frame(census.add_new_collection("census_info"), "summary", summary)
-        experiment = census.add_new_collection("census_data").add_new_collection(ORGANISM, soma.Experiment)
-        _write_frame(experiment, "obs", obs)
-        rna = experiment.add_new_collection("ms").add_new_collection("RNA", soma.Measurement)
-        _write_frame(rna, "var", var)
-        raw = rna.add_new_collection("X").add_new_sparse_ndarray(
-            "raw", type=pa.float32(), shape=counts.shape, platform_config=_X_CONFIG
-        )
-        raw.write(x_raw)
-
-
-def _write_frame(
-    parent: soma.Collection[Any] | soma.Experiment | soma.Measurement, name: str, table: pa.Table
-) -> None:
-    """Writes a SOMA DataFrame of the builder's tuning.
-
-    The array is closed after its creation and opened again: a dictionary column written through a
-    child of a parent that is still open loses its categories (tiledbsoma 2.3), silently, and every
-    value filter then matches nothing.
-    """
-    numbers = [f.name for f in table.schema if pa.types.is_integer(f.type) or pa.types.is_floating(f.type)]
-    others = [name for name in table.column_names if name not in numbers]
-    attributes: dict[str, Any] = {name: _SHUFFLED for name in numbers if name != "soma_joinid"}
-    attributes.update((name, {"filters": [_ZSTD19]}) for name in others)
-    config = {
-        "tiledb": {
-            "create": {
-                "capacity": 2**16,
-                "dims": {"soma_joinid": {"filters": ["DoubleDeltaFilter", _ZSTD19]}},
-                "attrs": attributes,
-                "offsets_filters": ["DoubleDeltaFilter", _ZSTD19],
-                "allows_duplicates": True,
-            }
-        }
-    }
-    frame = parent.add_new_dataframe(
-        name, schema=table.schema, domain=[[0, len(table) - 1]], platform_config=config
-    )
-    uri = frame.uri
-    frame.close()
-    with soma.DataFrame.open(uri, "w") as writer:
-        writer.write(table)
-    with soma.DataFrame.open(uri) as reader:
-        for field in table.schema:
-            if pa.types.is_dictionary(field.type):
-                value = table[field.name][0].as_py()
-                found = reader.read(value_filter=f'{field.name} == "{value}"', column_names=["soma_joinid"])
-                if len(found.concat()) != table[field.name].to_pylist().count(value):
-                    raise RuntimeError(f"{uri}: column {field.name} lost its categories on the way to disk")

@@ -5,6 +5,12 @@ and a budget of 256 MiB instead of the 1 GiB default read 31k instead of 14k cel
 about the rate of decompression alone. One thread for local files, since Ray runs a process per core;
 on S3 TileDB keeps its threads for I/O, which only wait.
 
+On S3 TileDB itself tries a request six times: with 100 ms doubling between them a SlowDown gets 3 s of
+waits, a server that hangs is left after 3 s, one that answers nothing but errors is given up after 21 s.
+(More tries double the wait without a cap: ten take 51 s. A longer outage is for `census.attempts`.)
+Requests are signed with the credentials of the environment, if there are any: cellxgene_census would send
+them unsigned to a private bucket too.
+
 Handles belong to the process that opened them (TileDB's threads do not survive a fork), and a child
 handle is closed with its parent, so whoever reads X holds the collection.
 """
@@ -22,42 +28,75 @@ import tiledbsoma as soma
 
 from langcell.census.demo import build_demo
 from langcell.census.options import CensusOptions
-from langcell.errors import InputError
+from langcell.errors import InputError, refuse_secrets
+
+SECRETS = ("key", "key_id", "token", "password", "secret")
+"""How TileDB's settings end that are secrets."""
 
 
 def resolve(options: CensusOptions) -> CensusOptions:
-    """The same with absolute paths: a task runs in another folder than its driver."""
-    uri = options.uri
-    if uri is not None and uri != "demo" and "://" not in uri:
-        uri = os.path.abspath(uri)
-    return replace(options, uri=uri, dir=os.path.abspath(options.dir))
+    """The same with absolute paths: a task runs in another folder than its driver.
+
+    Raises InputError for a secret among the options, which are stored and printed.
+    """
+    refuse_secrets("census.uri", options.uri or "")
+    if secret := [name for name in options.tiledb if name.endswith(SECRETS)]:
+        raise InputError(
+            f"census.tiledb: {', '.join(secret)} must not stand among the options, which are stored. Give "
+            "credentials by the environment (AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY)."
+        )
+
+    def found(path: str | None) -> str | None:
+        return path if path is None or "://" in path else os.path.abspath(os.path.expanduser(path))
+
+    return replace(
+        options,
+        uri="demo" if options.uri == "demo" else found(options.uri),
+        obs_map=found(options.obs_map),
+        symbols=found(options.symbols),
+        dir=os.path.abspath(options.dir),
+    )
 
 
 def open_collection(options: CensusOptions) -> soma.Collection:
     """The collection that the (resolved) options name. Raises InputError where there is none."""
-    uri = options.uri
-    if uri == "demo":  # on every node that reads it, so that no shared disk is needed
-        uri = build_demo(os.path.join(options.dir, "pbmc68k_reduced"))
-    config: dict[str, int] = {"soma.init_buffer_bytes": 4 << 20, "sm.mem.total_budget": 256 << 20}
-    config["sm.compute_concurrency_level"] = 1
-    if uri is not None and ("://" not in uri or uri.startswith("file:")):
-        config["sm.io_concurrency_level"] = 1
     try:
-        if uri is None:
-            return cellxgene_census.open_soma(census_version=options.version, tiledb_config=config)
-        return cellxgene_census.open_soma(uri=uri, tiledb_config=config)
+        return _open(options)
     except (soma.SOMAError, ValueError, OSError) as error:
-        if uri is None:
+        if options.uri is None:
             advice = (
                 f"census.version {options.version!r} cannot be opened: {reason_of(error)}. Give the date "
                 "of a release, `stable` or `latest`, and a network that reaches it, or a copy with census.uri"
             )
         else:
             advice = (
-                f"census.uri {uri}: no SOMA collection can be opened there: {reason_of(error)}. Give the "
-                "folder or URI of a Census, or `demo` for the embedded one"
+                f"census.uri {options.uri}: no SOMA collection can be opened there: {reason_of(error)}. Give "
+                "the folder or URI of a Census, a folder of .h5ad files, or `demo` for the embedded cells"
             )
         raise InputError(advice) from error
+
+
+def _open(options: CensusOptions) -> soma.Collection:
+    uri = options.uri
+    if uri == "demo":  # on every node that reads it, so that no shared disk is needed
+        uri = build_demo(os.path.join(options.dir, "pbmc68k_reduced"))
+    config: dict[str, str | int] = {
+        "soma.init_buffer_bytes": 4 << 20,
+        "sm.mem.total_budget": 256 << 20,
+        "sm.compute_concurrency_level": 1,
+        "vfs.s3.connect_timeout_ms": 3000,
+        "vfs.s3.request_timeout_ms": 3000,
+        "vfs.s3.connect_max_tries": 5,
+        "vfs.s3.connect_scale_factor": 100,
+    }
+    if uri is not None:
+        config["vfs.s3.no_sign_request"] = "false"
+        if "://" not in uri or uri.startswith("file:"):
+            config["sm.io_concurrency_level"] = 1
+    config |= options.tiledb
+    if uri is None:
+        return cellxgene_census.open_soma(census_version=options.version, tiledb_config=config)
+    return cellxgene_census.open_soma(uri=uri, tiledb_config=config)
 
 
 def experiment_of(collection: soma.Collection, options: CensusOptions) -> soma.Experiment:
@@ -82,12 +121,13 @@ def experiment_of(collection: soma.Collection, options: CensusOptions) -> soma.E
 
 @contextmanager
 def reading_x(options: CensusOptions) -> Iterator[soma.SparseNDArray]:
-    """X/raw, open in this process until the block ends."""
-    with open_collection(options) as collection:
+    """X/raw, open in this process until the block ends. Raises SOMAError where storage does not answer."""
+    with _open(options) as collection:
         experiment = experiment_of(collection, options)  # bound: its X closes with it
         yield cast(soma.SparseNDArray, experiment.ms["RNA"].X["raw"])
 
 
 def reason_of(error: Exception) -> str:
-    """The line of a library's message that says what is wrong."""
-    return str(error).strip().splitlines()[0].strip("'\"") or type(error).__name__
+    """What of a library's message says what is wrong: without headers of requests, in one line."""
+    text = " ".join(str(error).split()).partition(" [Remote IP")[0].strip("'\"")
+    return text[:300] or type(error).__name__

@@ -26,7 +26,7 @@ from langcell.corpus.storage import digest_json, open_root, read_file, sizes, wr
 from langcell.errors import InputError
 
 NAME = "manifest.json"
-FORMAT = 1
+FORMAT = 2
 LIBRARIES = (
     "ray",
     "tiledbsoma",
@@ -62,9 +62,10 @@ class Manifest:
     """A whole corpus.
 
     hash, recipe_hash, beta_hash, vocabulary_hash: hex. recipe: what was asked for. counts: `cells` and
-    `tokens` by split, `texts`, `genes` (genes that can stand in a sentence), `dropped` (cells without
-    one such gene), `slices`. ontologies: release by name. coverage: what each facet resolved to.
-    blocks: by split, then slice. files: all others. versions: libraries that wrote it.
+    `tokens` by split, `texts`, `genes` (genes that can stand in a sentence), `left_out` (cells that are
+    in no block, by fault), `genes_left_out` (by reason), `slices`. ontologies: release by name. coverage:
+    what each facet resolved to. blocks: by split, then slice. files: all others. versions: libraries that
+    wrote it.
     """
 
     hash: str

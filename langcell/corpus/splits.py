@@ -57,18 +57,19 @@ def assign_splits(
 ) -> np.ndarray:
     """Split of every row of `obs`, int8 index into `SPLITS`.
 
-    obs: soma_joinid (distinct) and the columns of `split_columns`, strings plain or dictionary-encoded.
-    held_out_types: CL ids or labels (case does not matter). Raises InputError for a held-out type or
-    dataset that no cell has, for too few groups of a kind that was asked for, and where no cell is left
-    to train on.
+    obs: soma_joinid (distinct), `term` (CL id that the cell type resolved to, or '') and the columns of
+    `split_columns`, strings plain or dictionary-encoded. held_out_types: CL ids or labels, of the data or
+    resolved (case does not matter). Raises InputError for a held-out type or dataset that no cell has, for
+    too few groups of a kind that was asked for, and where no cell is left to train on.
     """
     check_split_options(options)
-    types, labels = _Column(obs, "cell_type_ontology_term_id"), _Column(obs, "cell_type")
+    terms, labels = _Column(obs, "term"), _Column(obs, "cell_type")
+    types = _Column(obs, "cell_type_ontology_term_id")
     held_out = np.zeros(obs.num_rows, bool)
     for name in held_out_types:
-        rows = types.rows(name, fold=True) | labels.rows(name, fold=True)
+        rows = terms.rows(name, fold=True) | types.rows(name, fold=True) | labels.rows(name, fold=True)
         if not rows.any():
-            raise _absent("eval.held_out_types", name, "cell type", labels.values + types.values)
+            raise _absent("eval.held_out_types", name, "cell type", labels.values + terms.values)
         held_out |= rows
     for name in held_out_datasets:
         datasets = _Column(obs, "dataset_id")
@@ -86,7 +87,10 @@ def assign_splits(
         )
     groups = _groups(obs, options, rest)
     if groups is None:
-        split[rest] = _split_cells(obs["soma_joinid"].to_numpy()[rest], types.code[rest], options)
+        # A cell's type is its term; where it has none, its label.
+        named = np.array(terms.values)[terms.code] != ""
+        cell_type = np.where(named, terms.code, len(terms.values) + labels.code)
+        split[rest] = _split_cells(obs["soma_joinid"].to_numpy()[rest], cell_type[rest], options)
     else:
         split[rest] = _split_groups(*groups, options)
     return split

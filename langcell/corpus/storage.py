@@ -3,7 +3,8 @@
 A corpus folder becomes a `SubTreeFileSystem`, so that the rest of the room knows only names relative
 to it ("manifest.json") and a local folder and s3://bucket/corpus take the same road. A file is written
 beside its place, under a name of its own, and then moved: a reader never sees half of one, and what a
-worker that died leaves behind ends in `.tmp`.
+worker that died leaves behind ends in `.tmp`. (On S3 a PUT is atomic by itself, but a stream that is left
+by an exception publishes what it has got so far: there, too, only under the other name.)
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 from pyarrow import fs
 
-from langcell.errors import InputError
+from langcell.errors import InputError, refuse_secrets
 
 
 def absolute(uri: str) -> str:
@@ -28,8 +29,9 @@ def absolute(uri: str) -> str:
 def open_root(uri: str) -> fs.FileSystem:
     """The filesystem whose root is the folder `uri`: a local path or any URI that pyarrow knows.
 
-    Nothing is created. Raises InputError for a URI that pyarrow cannot open.
+    Nothing is created. Raises InputError for a URI that pyarrow cannot open, or with credentials in it.
     """
+    refuse_secrets("corpus.dir", uri)
     if "://" not in uri:
         return fs.SubTreeFileSystem(absolute(uri), fs.LocalFileSystem())
     try:

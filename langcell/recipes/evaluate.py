@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -11,8 +13,9 @@ import pyarrow.compute as pc
 import scipy.sparse as sp
 
 from langcell.batch import Packed
-from langcell.census.options import CensusOptions
-from langcell.census.source import Census, make_slices, read_slice
+from langcell.census.slices import Source, make_slices
+from langcell.census.source import open_source
+from langcell.census.tokenised import TokenisedFolder
 from langcell.config import Config
 from langcell.corpus.blocks import sample_cells
 from langcell.corpus.manifest import Manifest
@@ -28,6 +31,8 @@ from langcell.model.langcell import LangCell
 from langcell.text.describe import candidate
 from langcell.text.ontology import Ontology
 from langcell.text.options import TextOptions
+
+Counts = tuple[sp.csr_matrix, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -112,28 +117,27 @@ def evaluate(config: Config, model: LangCell, tau: float, aside: Aside) -> dict[
     if seen.empty:
         return tables
     known = aside.train.filter(pc.not_equal(aside.train["term"], ""))
-    baseline = logistic_regression(
-        log_features(*read_counts(config.census, known["soma_joinid"].to_numpy())),
-        known["term"].to_pylist(),
-        log_features(*read_counts(config.census, aside.soma_joinid_N[seen.rows])),
-        seen.types,
-        config.train.seed,
-    )
+    with closing(open_source(config.census)) as source:
+        if isinstance(source, TokenisedFolder):  # of sentences alone the counts are not known
+            return tables
+        read = partial(read_counts, source, source.obs([]), config.census.slice_nnz)
+        baseline = logistic_regression(
+            log_features(*read(known["soma_joinid"].to_numpy())),
+            known["term"].to_pylist(),
+            log_features(*read(aside.soma_joinid_N[seen.rows])),
+            seen.types,
+            config.train.seed,
+        )
     return {**tables, "seen": replace(seen, baseline=baseline)}
 
 
-def read_counts(options: CensusOptions, soma_joinid_N: np.ndarray) -> tuple[sp.csr_matrix, np.ndarray]:
-    """Counts [N, genes] and totals [N] of cells by joinid, in the order given."""
-    with Census.open(options) as census:
-        n_vars = len(census.var())
-        obs = census.obs([])
-        obs = obs.filter(pc.is_in(obs["soma_joinid"], pa.array(soma_joinid_N)))
-        slices = make_slices(obs, options.slice_nnz)
-        counts = sp.vstack([read_slice(census.options, n_vars, part) for part in slices], format="csr")
-    sorted_joinid_N = np.concatenate([part.cells["soma_joinid"].to_numpy() for part in slices])
-    totals_N = np.concatenate([part.cells["raw_sum"].to_numpy() for part in slices])
-    order_N = np.searchsorted(sorted_joinid_N, soma_joinid_N)
-    return counts[order_N], totals_N[order_N]
+def read_counts(source: Source, obs: pa.Table, slice_nnz: int, soma_joinid_N: np.ndarray) -> Counts:
+    """Counts [N, genes] and totals [N] of cells by joinid, in the order given. obs: of the whole source."""
+    wanted = obs.filter(pc.is_in(obs["soma_joinid"], pa.array(soma_joinid_N)))
+    read = [source.reader(part) for part in make_slices(wanted, slice_nnz)]
+    order_N = np.searchsorted(wanted["soma_joinid"].to_numpy(), soma_joinid_N)
+    counts = sp.vstack([raw.counts for raw in read], format="csr")
+    return counts[order_N], np.concatenate([raw.totals for raw in read])[order_N]
 
 
 def joint_space(config: Config, model: LangCell, aside: Aside, tables: dict[str, Table]) -> JointSpace:

@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from typing import Any
 
 from langcell.config import Config
+from langcell.corpus.draft import draft, place_order
+from langcell.corpus.forecast import forecast
+from langcell.corpus.manifest import Manifest
 from langcell.corpus.prepare import prepare
 from langcell.corpus.storage import open_root, write_file
 from langcell.recipes.session import connect
+from langcell.text.describe import coverage_lines
 
 SUMMARY = "summary.json"
 
@@ -23,9 +28,39 @@ def run(config: Config) -> dict[str, Any]:
         return prepare_corpus(config)
 
 
+def plan(config: Config) -> dict[str, Any]:
+    """Say what `run` would take: obs is read, not a count, and nothing is written or started.
+
+    Raises InputError as `run` does for what obs, var and the options tell.
+    """
+    with place_order(*_asked(config)) as order:
+        drafted = draft(order)
+        expected = forecast(order, drafted)
+    print(coverage_lines(drafted.coverage.to_dict()))
+    print(expected.lines(os.cpu_count() or 1), flush=True)
+    return dataclasses.asdict(expected)
+
+
 def prepare_corpus(config: Config) -> dict[str, Any]:
     """`run` in a process that is connected to Ray."""
-    prepared = prepare(
+    prepared = prepare(*_asked(config))
+    summary = dataclasses.asdict(prepared)
+    write_file(open_root(prepared.dir), SUMMARY, json.dumps(summary, indent=1).encode())
+    print(coverage_lines(Manifest.read(prepared.dir).coverage))
+    splits = ", ".join(f"{name} {cells:,}" for name, cells in prepared.splits.items())
+    left_out = ", ".join(f"{n:,} {fault}" for fault, n in prepared.left_out.items())
+    print(
+        f"corpus   {prepared.dir}\n"
+        f"         {prepared.cells:,} cells ({splits}), {prepared.genes:,} genes, {prepared.texts:,} texts, "
+        f"{prepared.tokens:,} tokens; {prepared.skipped} of {prepared.slices} slices were there already"
+        + (f"\n         left out: {left_out} (skipped.parquet)" if left_out else ""),
+        flush=True,
+    )
+    return summary
+
+
+def _asked(config: Config) -> tuple[Any, ...]:
+    return (
         config.census,
         config.beta,
         config.tokens,
@@ -34,13 +69,3 @@ def prepare_corpus(config: Config) -> dict[str, Any]:
         config.eval.held_out_types,
         config.eval.held_out_datasets,
     )
-    summary = dataclasses.asdict(prepared)
-    write_file(open_root(prepared.dir), SUMMARY, json.dumps(summary, indent=1).encode())
-    splits = ", ".join(f"{name} {cells:,}" for name, cells in prepared.splits.items())
-    print(
-        f"corpus   {prepared.dir}\n"
-        f"         {prepared.cells:,} cells ({splits}), {prepared.genes:,} genes, {prepared.texts:,} texts, "
-        f"{prepared.tokens:,} tokens; {prepared.skipped} of {prepared.slices} slices were there already",
-        flush=True,
-    )
-    return summary

@@ -23,7 +23,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from langcell.errors import InputError
 from langcell.text.ontology import Ontology, Term
@@ -43,6 +43,9 @@ ONTOLOGIES_OF: dict[str, tuple[str, ...]] = {
 
 UNKNOWN = frozenset({"", "unknown", "na", "n/a", "nan", "none", "null", "<na>"})
 """Values, in lower case, that say nothing."""
+
+MOST_UNRESOLVED = 5
+"""Values without a term that `coverage_lines` names."""
 
 Outcome = Literal["defined", "named", "unresolved", "conflict", "unknown"]
 
@@ -164,6 +167,23 @@ class Coverage:
                 for (facet, given, reason), cells in ranked
             ],
         }
+
+
+def coverage_lines(coverage: Mapping[str, Any]) -> str:
+    """A `Coverage.to_dict()` in words: what each facet resolved to, and the values most cells lack a term
+    for."""
+    lines = []
+    for facet, outcomes in coverage["facets"].items():
+        total = sum(outcomes.values())
+        parts = (f"{outcome} {100 * n / total:.3g}%" for outcome, n in outcomes.items())
+        lines.append(f"{facet:<24} {', '.join(parts)}")
+    for value in coverage["unresolved"][:MOST_UNRESOLVED]:
+        lines.append(
+            f"  no term: {value['facet']} {value['value']!r}, {value['cells']:,} cells: {value['reason']}"
+        )
+    if (more := len(coverage["unresolved"]) - MOST_UNRESOLVED) > 0:
+        lines.append(f"  and {more} more values (manifest.json)")
+    return "\n".join(lines)
 
 
 @cache

@@ -17,7 +17,7 @@ import scipy.sparse as sp
 import tiledbsoma as soma
 from cellxgene_ontology_guide.ontology_parser import OntologyParser
 
-from langcell.census import demo
+from langcell.census import demo, layout
 from langcell.errors import InputError
 
 CATEGORY = pa.dictionary(pa.int8(), pa.large_string())
@@ -165,7 +165,7 @@ def test_a_second_builder_that_comes_late_is_dropped(
         shutil.copytree(demo_uri, target)  # the other one finishes between our check and our rename
         rename(whole, target)
 
-    monkeypatch.setattr(demo.os, "rename", beaten)
+    monkeypatch.setattr(layout.os, "rename", beaten)
     uri = demo.build_demo(str(tmp_path / "census"))
     assert os.listdir(tmp_path) == ["census"]
     with cellxgene_census.open_soma(uri=uri) as census:
@@ -173,14 +173,14 @@ def test_a_second_builder_that_comes_late_is_dropped(
 
 
 def test_a_build_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write_frame = demo._write_frame
+    write_frame = layout.write_frame
 
     def dies(parent: soma.Collection, name: str, table: pa.Table) -> None:
         write_frame(parent, name, table)
         if name == "obs":
             raise OSError("disk full")
 
-    monkeypatch.setattr(demo, "_write_frame", dies)
+    monkeypatch.setattr(layout, "write_frame", dies)
     with pytest.raises(OSError, match="disk full"):
         demo.build_demo(str(tmp_path / "census"))
     assert os.listdir(tmp_path) == []

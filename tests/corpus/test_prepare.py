@@ -2,53 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 import tiledbsoma
 
 from langcell.cells.beta import Beta
-from langcell.cells.options import BetaOptions, TokenOptions
 from langcell.cells.vocabulary import Vocabulary
-from langcell.census.options import CensusOptions
-from langcell.census.source import Census, Slice, make_slices, read_slice
-from langcell.corpus import passes
 from langcell.corpus import prepare as prepare_module
+from langcell.corpus import roads
 from langcell.corpus.manifest import Manifest
-from langcell.corpus.options import CorpusOptions
-from langcell.corpus.passes import Encoder, SliceReport, encode_slice, train_beta, write_tokens
-from langcell.corpus.prepare import PrepareSummary, prepare
+from langcell.corpus.prepare import PrepareSummary
 from langcell.corpus.schema import BLOCK_SCHEMA, SPLITS
-from langcell.corpus.storage import digest, open_root
+from langcell.corpus.storage import digest
 from langcell.corpus.texts import read_texts
+from langcell.corpus.token_pass import write_tokens
 from langcell.errors import InputError
-from langcell.text.options import TextOptions
-
-HELD_OUT = ["CL:0001054"]  # 129 of the 700 cells
-MAX_LENGTH = 200  # about half of the cells have more genes
-ROW_GROUP = 100
-
-
-def make(demo_uri: str, dir: Path, held_out: list[str] = HELD_OUT, **changes) -> PrepareSummary:
-    """`prepare` of the embedded Census, with options changed by their dotted names."""
-    options = {
-        "census": CensusOptions(uri=demo_uri),
-        "beta": BetaOptions(),
-        "tokens": TokenOptions(max_length=MAX_LENGTH),
-        "text": TextOptions(short_variants=1),
-        "corpus": CorpusOptions(dir=str(dir), row_group_cells=ROW_GROUP),
-    }
-    for name, value in changes.items():
-        room, field = name.split("__")
-        options[room] = replace(options[room], **{field: value})
-    return prepare(**options, held_out_types=held_out, held_out_datasets=[])
+from tests.corpus.making import HELD_OUT, MAX_LENGTH, ROW_GROUP, make, read_blocks
 
 
 @pytest.fixture(scope="module")
@@ -63,18 +38,6 @@ def sliced(ray_session, demo_uri, tmp_path_factory) -> tuple[Path, PrepareSummar
     """The same corpus made of five slices."""
     dir = tmp_path_factory.mktemp("five") / "corpus"
     return dir, make(demo_uri, dir, census__slice_nnz=40_000)
-
-
-def read_blocks(dir: Path) -> dict[int, tuple]:
-    """(split, tokens, length, text_id, term) of every cell of a corpus, by joinid."""
-    cells = {}
-    for split in SPLITS:
-        for path in sorted((dir / "blocks" / split).glob("*.parquet")):
-            for row in pq.read_table(path).to_pylist():
-                joinid = row.pop("soma_joinid")
-                assert joinid not in cells
-                cells[joinid] = (split, *row.values())
-    return cells
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +83,7 @@ def test_tokens_of_every_cell_equal_a_plain_computation(made, reference):
         assert tokens == [len(genes) + 2, *token_of[ranked]][:MAX_LENGTH], i
         assert length == len(tokens)
         assert term == reference["types"][i]
-    assert (summary.genes, summary.cells, summary.dropped) == (len(genes), 700, 0)
+    assert (summary.genes, summary.cells, summary.left_out) == (len(genes), 700, {})
     assert summary.tokens == sum(cell[2] for cell in cells.values())
 
 
@@ -203,13 +166,13 @@ def test_an_interrupted_corpus_goes_on_where_it_stopped(sliced, demo_uri, tmp_pa
     (tmp_path / "unfinished/slice-000003.json").unlink()
     (tmp_path / "blocks/train/slice-000003.parquet").write_bytes(b"half")
     (tmp_path / "blocks/train/slice-000003.parquet.0123.tmp").write_bytes(b"half")
-    monkeypatch.setattr(prepare_module, "train_beta", None)  # read back, not computed
+    monkeypatch.setattr(roads, "train_beta", None)  # read back, not computed
     written = []
     monkeypatch.setattr(
         prepare_module,
         "write_tokens",
-        lambda census, n_vars, slices, encoder: (
-            written.extend(part.index for part in slices) or write_tokens(census, n_vars, slices, encoder)
+        lambda source, *rest: (
+            written.extend(part.index for part in source.slices) or write_tokens(source, *rest)
         ),
     )
     summary = make(demo_uri, tmp_path, census__slice_nnz=40_000)
@@ -250,12 +213,20 @@ def test_medians_and_tokens_of_others_leave_out_what_they_do_not_know(made, demo
     medians = str(dir / "beta.parquet")
     few = Vocabulary(reference["genes"][:3].tolist())
     few.write(str(tmp_path / "few.json"))
-    summary = make(
-        demo_uri, tmp_path / "c", beta__source=medians, tokens__vocabulary=str(tmp_path / "few.json")
-    )
+    given = {"beta__source": medians, "tokens__vocabulary": str(tmp_path / "few.json")}
     has = (reference["counts"][:, :3] > 0).any(axis=1)
+    first = np.flatnonzero(~has)[0]
+    says = rf"dataset 10x_pbmc68k_reduced, soma_joinid {first}: none of its genes has both"
+    with pytest.raises(InputError, match=says):
+        make(demo_uri, tmp_path / "c", **given)
+    summary = make(demo_uri, tmp_path / "c", **given, census__bad_cells="skip")
+    assert summary.skipped == 1  # the slice was whole: only what to make of it has changed
     assert 0 < summary.cells == has.sum() < 700
-    assert summary.dropped == 700 - has.sum()
+    assert summary.left_out == {"no_gene": 700 - has.sum()}
+    listed = pq.read_table(tmp_path / "c" / "skipped.parquet")
+    assert listed["soma_joinid"].to_pylist() == np.flatnonzero(~has).tolist()
+    assert set(listed["dataset_id"].to_pylist()) == {"10x_pbmc68k_reduced"}
+    assert set(listed["fault"].to_pylist()) == {"no_gene"}
     assert (summary.genes, summary.beta_hash) == (3, made[1].beta_hash)
     assert sorted(read_blocks(tmp_path / "c")) == np.flatnonzero(has).tolist()
     assert read_texts(str(tmp_path / "c")).cells.sum() == has.sum()
@@ -265,7 +236,7 @@ def test_medians_and_tokens_of_others_leave_out_what_they_do_not_know(made, demo
 
 
 def test_mistakes_are_told_before_a_count_is_read(ray_session, demo_uri, tmp_path, monkeypatch):
-    monkeypatch.setattr(prepare_module, "train_beta", None)
+    monkeypatch.setattr(roads, "train_beta", None)
     for changes, message in [
         ({"held_out": ["monocyte of Mars"]}, "held_out_types"),
         ({"tokens__max_length": 1}, r"tokens\.max_length"),
@@ -280,60 +251,3 @@ def test_mistakes_are_told_before_a_count_is_read(ray_session, demo_uri, tmp_pat
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match="cannot be written"):
         make(demo_uri, tmp_path / "file")
-
-
-@pytest.fixture(scope="module")
-def task(demo_uri) -> tuple[CensusOptions, pa.Table, Slice]:
-    """One slice of 50 train cells of which one has the total 0, which no counts can have."""
-    with Census.open(CensusOptions(uri=demo_uri)) as census:
-        cells, var = census.obs([]).slice(0, 50), census.var()
-        totals = np.where(np.arange(50) == 7, 0.0, cells["raw_sum"].to_numpy())
-        cells = cells.set_column(1, "raw_sum", pa.array(totals))
-        cells = cells.append_column("split", pa.array(np.zeros(50, np.int8)))
-        cells = cells.append_column("text_id", pa.array(np.arange(50)))
-        cells = cells.append_column("term", pa.array(["", *["CL:0000084"] * 49]).dictionary_encode())
-        (part,) = make_slices(cells, 10**9)
-        return census.options, var, part
-
-
-def test_counts_that_are_none_reach_the_user_as_a_plain_message(ray_session, task, tmp_path):
-    options, var, part = task
-    with pytest.raises(InputError, match=r"^Cells 0 to 49 \(soma_joinid\): Row 7 has a total of 0"):
-        train_beta(options, var, [part], {})
-    encoder = make_encoder(len(var), tmp_path)
-    with pytest.raises(InputError, match=r"^Cells 0 to 49 \(soma_joinid\): Row 7 has a total of 0"):
-        write_tokens(options, len(var), [part], encoder)
-
-
-def make_encoder(n_vars: int, dir: Path) -> Encoder:
-    root = open_root(str(dir))
-    for folder in ("unfinished", *(f"blocks/{split}" for split in SPLITS)):
-        root.create_dir(folder, recursive=True)
-    tokens = np.arange(2, n_vars + 2).astype(np.uint16)
-    return Encoder(np.ones(n_vars), tokens, n_vars + 2, 64, {0: 50}, 32, str(dir))
-
-
-def test_a_piece_of_a_slice_never_passes_for_the_whole(task, tmp_path):
-    options, var, part = task
-    matrix = read_slice(options, len(var), part)
-    table = part.cells.set_column(1, "raw_sum", pa.array(np.full(50, 1e6)))
-    table = table.append_column("slice", pa.array(np.zeros(50, np.int32)))
-    offsets = pa.array(matrix.indptr.astype(np.int32))
-    table = table.append_column("gene", pa.ListArray.from_arrays(offsets, pa.array(matrix.indices)))
-    table = table.append_column("count", pa.ListArray.from_arrays(offsets, pa.array(matrix.data)))
-    encoder = make_encoder(len(var), tmp_path)
-    with pytest.raises(RuntimeError, match="slice 0 came in pieces: 49 of 50"):
-        encode_slice(table.slice(0, 49), encoder)
-    row = encode_slice(table, encoder).to_pylist()[0]
-    report = SliceReport.from_json(row["report"])
-    assert [block.row_groups for block in report.blocks] == [[32, 18]]
-    assert json.loads((tmp_path / "unfinished/slice-000000.json").read_text()) == json.loads(row["report"])
-    assert pq.read_table(tmp_path / report.blocks[0].file)["term"].to_pylist() == ["", *["CL:0000084"] * 49]
-
-
-@pytest.mark.parametrize("n", [1, 2, 7, 20])
-def test_partials_merge_to_the_whole_whatever_their_number(ray_session, n):
-    merged = passes._reduce(lambda part: [part], lambda parts: parts[0] + parts[1], list(range(n)), "sum")
-    import ray
-
-    assert sorted(ray.get(merged)) == list(range(n))

@@ -18,6 +18,7 @@ def make_obs(types, datasets=None, donors=None, joinid=None) -> pa.Table:
     columns = {
         "cell_type_ontology_term_id": types,
         "cell_type": [LABELS.get(t, t) for t in types],
+        "term": types,
         "dataset_id": datasets or ["d0"] * n,
         "donor_id": donors or ["p0"] * n,
     }
@@ -125,6 +126,20 @@ def test_held_out_comes_first_by_id_label_or_dataset():
         assign_splits(make_obs(types, three), CorpusOptions(split_by="dataset"), [], ["d2"])
 
 
+def test_a_type_is_its_term_or_else_its_label():
+    types = ["CL:0000236", "CL:0000623"] * 50
+    obs = make_obs(types)
+    at = obs.column_names.index("cell_type_ontology_term_id")
+    labels_alone = obs.set_column(at, obs.column_names[at], pa.array(["unknown"] * 100))
+    options = CorpusOptions(split_by="cell", test_share=0.2, val_share=0.2)
+    for name in ("CL:0000623", "natural killer cell"):  # the id stands in no column of the data
+        split = assign_splits(labels_alone, options, [name], [])
+        assert (split == assign_splits(obs, options, [name], [])).all()
+    at = obs.column_names.index("term")
+    unresolved = labels_alone.set_column(at, "term", pa.array([""] * 100))
+    assert (assign_splits(unresolved, options, [], []) == assign_splits(obs, options, [], [])).all()
+
+
 def test_mistakes_are_named():
     obs = make_obs(["CL:0000236", "CL:0000623"] * 5)
     options = CorpusOptions()
@@ -152,7 +167,7 @@ def test_only_columns_that_a_rule_reads_are_asked_of_obs():
     options = CorpusOptions(split_by="cell")
     columns = split_columns(options, [])
     assert columns == ["cell_type", "cell_type_ontology_term_id"]
-    few = obs.select(["soma_joinid", *columns])
+    few = obs.select(["soma_joinid", "term", *columns])
     assert (assign_splits(few, options, [], []) == assign_splits(obs, options, [], [])).all()
     assert split_columns(CorpusOptions(), []) == [*columns, "dataset_id", "donor_id"]
     assert split_columns(options, ["d0"]) == [*columns, "dataset_id"]

@@ -1,11 +1,10 @@
-"""Slices partition the cells, and a slice is what a plain tiledbsoma read gives."""
+"""A slice of a Census is what a plain tiledbsoma read gives."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
-import pickle
-from itertools import pairwise
+from functools import partial
 from pathlib import Path
 
 import cellxgene_census
@@ -13,20 +12,14 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import scipy.sparse as sp
-from hypothesis import given, settings
-from hypothesis import strategies as st
+import tiledbsoma
 
-from langcell.census import demo
+from langcell.census.datasource import SliceSource
+from langcell.census.experiment import Census, _runs
+from langcell.census.layout import categorical, make_var, write_census
 from langcell.census.options import CensusOptions
-from langcell.census.source import (
-    BAND,
-    Census,
-    SomaSlices,
-    _runs,
-    block_to_csr,
-    make_slices,
-    read_slice,
-)
+from langcell.census.reading import counts_block, counts_bytes, counts_of
+from langcell.census.slices import BAND, make_slices
 from langcell.errors import InputError
 
 
@@ -45,80 +38,16 @@ def banded(tmp_path_factory: pytest.TempPathFactory) -> tuple[CensusOptions, sp.
     obs = pa.table(
         {
             "soma_joinid": np.arange(n),
-            "cell_type": demo._dictionary([f"type {i // 1_000}" for i in range(n)]),
+            "cell_type": categorical([f"type {i // 1_000}" for i in range(n)]),
             "is_primary_data": pa.array((np.arange(n) % 3 != 0) & ~((np.arange(n) // BAND) == 1)),
             "raw_sum": np.asarray(counts.sum(axis=1), np.float64).ravel() + 1,
             "nnz": np.diff(counts.indptr).astype(np.int64),
         }
     )
     path = str(tmp_path_factory.mktemp("banded") / "census")
-    demo._write(path, counts, obs, demo._var(counts, [f"G{i}" for i in range(2_500)]))
+    genes = [f"G{i}" for i in range(2_500)]
+    write_census(path, [counts], obs, make_var(genes, genes))
     return CensusOptions(uri=path), counts
-
-
-def cells_of(joinid: np.ndarray, nnz: np.ndarray) -> pa.Table:
-    return pa.table({"soma_joinid": joinid, "raw_sum": nnz.astype(np.float64), "nnz": nnz})
-
-
-@st.composite
-def cell_tables(draw: st.DrawFn) -> pa.Table:
-    gaps = draw(st.lists(st.sampled_from([1, 1, 1, 2, 700, 5_000]), max_size=60))
-    joinid = np.cumsum(np.array(gaps, np.int64))
-    nnz = draw(st.lists(st.integers(0, 40), min_size=len(gaps), max_size=len(gaps)))
-    return cells_of(joinid, np.array(nnz, np.int64))
-
-
-@given(cells=cell_tables(), max_nnz=st.integers(1, 400))
-@settings(max_examples=300, deadline=None)
-def test_slices_partition_the_cells(cells: pa.Table, max_nnz: int) -> None:
-    slices = make_slices(cells, max_nnz)
-    assert [s.index for s in slices] == list(range(len(slices)))
-    if len(cells):
-        assert pa.concat_tables([s.cells for s in slices]).equals(cells)
-    else:
-        assert slices == []
-    stop = 0
-    for s in slices:
-        joinid = s.cells["soma_joinid"].to_numpy()
-        assert stop <= s.start == joinid[0]
-        assert joinid[-1] == s.stop - 1
-        stop = s.stop
-        assert s.nnz == sum(s.cells["nnz"].to_pylist())
-        assert s.nnz <= max_nnz or len(s.cells) == 1
-    for a, b in pairwise(slices):
-        band_a, band_b = (a.stop - 1) // BAND, b.start // BAND
-        whole = cells.filter(
-            pa.array(cells["soma_joinid"].to_numpy() // BAND == band_a)
-        )  # a band is cut only if it is too large for one slice
-        assert band_a != band_b or sum(whole["nnz"].to_pylist()) > max_nnz
-        assert a.nnz + b.nnz > max_nnz  # no two could be one
-
-
-def test_slices_are_near_equal() -> None:
-    nnz = np.full(10 * BAND, 7, np.int64)
-    slices = make_slices(cells_of(np.arange(10 * BAND), nnz), max_nnz=4 * BAND * 7)
-    assert [len(s.cells) // BAND for s in slices] == [4, 4, 2]
-    slices = make_slices(cells_of(np.arange(10), np.full(10, 7, np.int64)), max_nnz=35)
-    assert [s.nnz for s in slices] == [35, 35]
-    slices = make_slices(cells_of(np.arange(9), np.full(9, 7, np.int64)), max_nnz=56)
-    assert max(s.nnz for s in slices) == 35  # two slices of 5 and 4, not of 8 and 1
-
-
-def test_a_slice_ships_its_own_cells_only() -> None:
-    n = 200_000
-    slices = make_slices(cells_of(np.arange(n), np.ones(n, np.int64)), max_nnz=2_048)
-    assert len(pickle.dumps(slices[0])) < 100_000
-
-
-@pytest.mark.parametrize("joinid", [[2, 1], [1, 1]])
-def test_unordered_cells_are_refused(joinid: list[int]) -> None:
-    with pytest.raises(ValueError, match="ascending"):
-        make_slices(cells_of(np.array(joinid), np.ones(2, np.int64)), 5)
-
-
-def test_bound_must_be_positive() -> None:
-    with pytest.raises(InputError, match=r"census\.slice_nnz"):
-        make_slices(cells_of(np.arange(3), np.ones(3, np.int64)), 0)
 
 
 @pytest.mark.parametrize("max_nnz", [400, 9_000, 10**9])
@@ -128,12 +57,13 @@ def test_slices_read_what_a_plain_read_gives(
     options, counts = banded
     with Census.open(options) as census:
         cells = census.obs(["cell_type"])
-        n_vars = len(census.var())
         slices = make_slices(cells, max_nnz)
         if max_nnz == 400:  # 400 per slice are 500 slices; a few say as much
             slices = slices[::60]
         joinid = np.concatenate([s.cells["soma_joinid"].to_numpy() for s in slices])
-        matrices = [read_slice(census.options, n_vars, s) for s in slices]
+        raw = [census.reader(s) for s in slices]
+    assert all(cells.fits.all() for cells in raw)
+    matrices = [cells.counts for cells in raw]
     for matrix in matrices:
         assert matrix.dtype == np.float32
         assert matrix.has_sorted_indices
@@ -159,16 +89,36 @@ def test_bands_without_a_wanted_cell_are_not_read(banded: tuple[CensusOptions, s
     assert _runs(only.cells["soma_joinid"].to_numpy(), only) == [(1, BAND), (2 * BAND, only.stop)]
 
 
-def test_a_short_read_is_an_error(options: CensusOptions) -> None:
+def test_a_cell_that_obs_and_x_tell_differently_does_not_fit(options: CensusOptions) -> None:
     with Census.open(options) as census:
         (whole,) = make_slices(census.obs([]), 10**9)
-    nnz = whole.cells["nnz"].to_numpy()
-    for off in (-1, 1):
-        promised = nnz + off * (np.arange(700) == 123)
-        cells = whole.cells.set_column(2, "nnz", pa.array(promised))
-        says = f"cell 123 has {nnz[123]} .* promises {promised[123]} .1 such"
-        with pytest.raises(RuntimeError, match=says):
-            read_slice(options, 765, dataclasses.replace(whole, cells=cells))
+        right = census.reader(whole)
+        assert right.fits.all()
+        nnz = whole.cells["nnz"].to_numpy()
+        for off in (-1, 1):
+            promised = nnz + off * (np.arange(700) == 123)
+            cells = whole.cells.set_column(2, "nnz", pa.array(promised))
+            raw = census.reader(dataclasses.replace(whole, cells=cells))
+            assert np.flatnonzero(~raw.fits).tolist() == [123]
+            others = np.arange(700) != 123
+            assert (raw.counts[others] != right.counts[others]).nnz == 0
+
+
+def test_obs_or_var_beyond_x_are_refused(tmp_path: Path) -> None:
+    counts = sp.csr_matrix(np.ones((3, 2), np.float32))
+    obs = pa.table({"soma_joinid": np.arange(3), "is_primary_data": [True] * 3})
+    write_census(str(tmp_path / "census"), [counts], obs, make_var(["A", "B"], ["A", "B"]))
+    human = f"{tmp_path}/census/census_data/homo_sapiens"
+    frame = human + "/obs"
+    with tiledbsoma.open(frame) as reader:
+        rows = reader.read().concat()
+    with tiledbsoma.open(frame, "w") as writer:
+        writer.tiledbsoma_resize_soma_joinid_shape(4)
+    with tiledbsoma.open(frame, "w") as writer:
+        writer.write(rows.slice(0, 1).set_column(0, "soma_joinid", pa.array([3])))
+    with Census.open(CensusOptions(uri=f"{tmp_path}/census")) as census:
+        with pytest.raises(InputError, match=r"obs of .* does not fit X: it has the cell 3, .* ends at 2"):
+            census.obs([])
 
 
 def test_obs_is_filtered_ordered_and_typed(options: CensusOptions) -> None:
@@ -199,7 +149,7 @@ def test_var_is_in_column_order(options: CensusOptions) -> None:
 def test_demo_opens_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with Census.open(CensusOptions(uri="demo", dir="here")) as census:
-        cells, n_vars = census.obs([]), len(census.var())
+        cells, reader = census.obs([]), census.reader
         assert census.release == {
             "uri": "demo",
             "organism": "homo_sapiens",
@@ -210,7 +160,7 @@ def test_demo_opens_from_any_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")  # a task's folder is not the driver's
     (whole,) = make_slices(cells, 10**9)
-    assert read_slice(census.options, n_vars, whole).shape == (700, 765)
+    assert reader(whole).counts.shape == (700, 765)
     assert os.listdir(tmp_path / "elsewhere") == []
 
 
@@ -234,9 +184,10 @@ def test_a_release_is_opened_by_version_and_pinned(
         assert census.release["version"] == "demo"  # the build date that the Census itself states
         assert "uri" not in census.release
         (whole,) = make_slices(census.obs([]), 10**9)
-        got = read_slice(census.options, 765, whole)
+        got = census.reader(whole).counts
     assert asked == ["stable"]  # a task opens the URI that the driver resolved
-    assert (got != read_slice(options, 765, whole)).nnz == 0
+    with Census.open(options) as plain:
+        assert (got != plain.reader(whole).counts).nnz == 0
 
 
 @pytest.mark.parametrize(
@@ -275,15 +226,20 @@ def test_a_missing_column_is_named(options: CensusOptions) -> None:
         census.obs(["cell_type", "phase"])
 
 
+def test_cells_are_named_with_their_dataset(options: CensusOptions) -> None:
+    with Census.open(options) as census:
+        assert census.datasets(np.array([3, 699])) == ["10x_pbmc68k_reduced"] * 2
+
+
 def test_blocks_of_ray_data_hold_the_same_cells(ray_session: None, options: CensusOptions) -> None:
     import ray
 
     with Census.open(options) as census:
-        cells, n_vars = census.obs(["cell_type_ontology_term_id"]), len(census.var())
+        cells, reader = census.obs(["cell_type_ontology_term_id"]), census.reader
         slices = make_slices(cells, 30_000)
         assert len(slices) > 3
-        source = SomaSlices(census.options, n_vars, slices)
-        expected = sp.vstack([read_slice(census.options, n_vars, s) for s in slices], format="csr")
+        source = SliceSource(partial(counts_block, reader, 1), slices, counts_bytes)
+        expected = sp.vstack([reader(s).counts for s in slices], format="csr")
     tasks = source.get_read_tasks(parallelism=1)
     assert [t.metadata.num_rows for t in tasks] == [len(s.cells) for s in slices]
     (block,) = tasks[0]()
@@ -292,9 +248,11 @@ def test_blocks_of_ray_data_hold_the_same_cells(ray_session: None, options: Cens
 
     blocks = [ray.get(ref) for ref in ray.data.read_datasource(source).to_arrow_refs()]
     table = pa.concat_tables(blocks).sort_by("soma_joinid")
-    assert table.drop_columns(["slice", "gene", "count"]).to_pylist() == cells.to_pylist()
-    assert (block_to_csr(table, n_vars) != expected).nnz == 0
+    added = ["slice", "fault", "reason", "gene", "count"]
+    assert table.drop_columns(added).to_pylist() == cells.to_pylist()
+    assert set(table["fault"].to_pylist()) == {0}
+    assert (counts_of(table, 765) != expected).nnz == 0
     part = table.slice(100, 50)  # rows of a block keep its offsets
-    assert (block_to_csr(part, n_vars) != expected[100:150]).nnz == 0
+    assert (counts_of(part, 765) != expected[100:150]).nnz == 0
     by_slice = {i: len(s.cells) for i, s in enumerate(slices)}
     assert dict(zip(*np.unique(table["slice"], return_counts=True), strict=True)) == by_slice
