@@ -5,10 +5,14 @@ or float32 changes the sentence of up to 1% of the cells (5 and 30 of 4,096 in t
 others run). Genes of equal value keep the order of var. That rule is needed: with the medians of the
 corpus itself nearly every cell has ties, and an unstable sort makes its sentence a matter of chance.
 
-A sort by comparison of float64 pairs is the whole cost of a cell, so it is replaced by a radix sort on
-the float32 image (three digits of 11 bits, stable, a digit that all keys share is skipped), after which
-only runs of equal images are put in order by their float64 values. Rounding to float32 is monotone, so
-this is the stable float64 sort, at 3 to 4 times its speed. Nothing dense, no Python per cell.
+A sort by comparison of float64 pairs would be the whole cost of a cell, so it is a radix sort of 64-bit
+words that carry all a gene needs: the float32 image of its value, its place in the row, its token. Images
+are positive, so they compare as integers; of the distance to the cell's largest the leading 18 bits are
+sorted in two stable passes of 9 (three digits of 11 bits, the textbook choice, spend more on clearing and
+adding up counters than on a cell's 1,700 genes), and an insertion sort by the whole image, then by the
+float64 value, mends what they leave. Rounding to float32 is monotone, so this is the stable float64 sort.
+Counts below 256, nearly all, are normalised by a table: one division a gene instead of two. 70k cells/s
+and core, at 1,650 genes a cell. Nothing dense, no Python per cell.
 """
 
 from __future__ import annotations
@@ -19,6 +23,14 @@ import scipy.sparse as sp
 
 from langcell.cells.normalize import SCALE
 from langcell.errors import InputError
+
+
+DIGIT = 9
+"""Bits of a digit of the radix sort."""
+TABLE = 256
+"""Counts that are normalised by a table."""
+IMAGE, PLACE, FIELD = np.uint64(32), np.uint64(16), np.uint64(0xFFFF)
+"""Of a word: image from bit 32 on, place in the row from bit 16, then the token."""
 
 
 def rank_encode(
@@ -35,10 +47,12 @@ def rank_encode(
     beta_by_var: [genes], counts per ten thousand; token_by_var: uint16 [genes], 0 for a gene that is no
     token; cls: first token of every sentence; max_length: most tokens of one, `<cls>` included.
     A gene without token or without a finite, positive beta is left out; a cell of such genes is `<cls>`
-    alone. Raises InputError for max_length below 2.
+    alone. Raises InputError for max_length below 2, and for more genes with a token than 16 bits count.
     """
     if max_length < 2:
         raise InputError(f"tokens.max_length is {max_length}; a sentence needs <cls> and a gene, 2 at least")
+    if np.count_nonzero(token_by_var) > FIELD:
+        raise InputError(f"{np.count_nonzero(token_by_var)} genes have a token; at most {FIELD} can")
     if not counts.has_sorted_indices:
         counts = counts.sorted_indices()
     beta = np.asarray(beta_by_var, np.float64)
@@ -55,7 +69,7 @@ def rank_encode(
     )
 
 
-@nb.njit(cache=True, nogil=True)
+@nb.njit(cache=True, nogil=True, error_model="numpy")
 def _encode(data, indices, indptr, totals, beta, token, cls, max_length):  # type: ignore[no-untyped-def]
     n_cells = len(indptr) - 1
     longest = 0
@@ -68,57 +82,75 @@ def _encode(data, indices, indptr, totals, beta, token, cls, max_length):  # typ
     tokens = np.empty(room, np.uint16)
 
     value = np.empty(longest, np.float64)
-    gene = np.empty(longest, np.int32)
-    image = np.empty(longest, np.float32)
-    key = image.view(np.uint32)
-    order, spare = np.empty(longest, np.int32), np.empty(longest, np.int32)
+    word, spare = np.empty(longest, np.uint64), np.empty(longest, np.uint64)
+    image = np.empty(1, np.float32)
+    bits = image.view(np.uint32)
+    table = np.empty(TABLE, np.float64)
+    low, high = np.empty(1 << DIGIT, np.int32), np.empty(1 << DIGIT, np.int32)
     end = 0
     for cell in range(n_cells):
+        for x in range(TABLE):
+            table[x] = np.float64(x) / totals[cell] * SCALE
         n = 0
+        largest, smallest = np.uint64(0), np.uint64(0xFFFFFFFF)
         for entry in range(indptr[cell], indptr[cell + 1]):
-            g = indices[entry]
-            v = (np.float64(data[entry]) / totals[cell] * SCALE) / beta[g]
+            gene, x = indices[entry], data[entry]
+            norm = table[np.int64(x)] if 0 <= x < TABLE else np.float64(x) / totals[cell] * SCALE
+            v = norm / beta[gene]
             if v > 0:  # false for a stored zero and for a gene without beta
-                value[n], image[n], gene[n] = v, v, g
+                value[n], image[0] = v, v
+                key = np.uint64(bits[0])
+                largest, smallest = max(largest, key), min(smallest, key)
+                word[n] = key << IMAGE | np.uint64(n) << PLACE | np.uint64(token[gene])
                 n += 1
-        order, spare = _sort_descending(key, value, n, order, spare)
+        if n:
+            _sort_falling(word, spare, value, n, largest, smallest, low, high)
         tokens[end] = cls
         end += 1
         for i in range(min(n, max_length - 1)):
-            tokens[end] = token[gene[order[i]]]
+            tokens[end] = np.uint16(word[i] & FIELD)
             end += 1
         offsets[cell + 1] = end
     return offsets, tokens[:end].copy()
 
 
 @nb.njit(cache=True, nogil=True)
-def _sort_descending(key, value, n, order, spare):  # type: ignore[no-untyped-def]
-    """Stable order of `value[:n]`, falling, in the first of the two arrays returned; `key` holds the
-    bits of their float32 images (positive, so they compare as integers). `spare` is scratch."""
-    digits = np.zeros((3, 2048), np.int32)
+def _sort_falling(word, spare, value, n, largest, smallest, low, high):  # type: ignore[no-untyped-def]
+    """Sorts `word[:n]` by falling `value` (of the place that a word names), stable. The images lie between
+    `smallest` and `largest`; `spare`, `low` and `high` are scratch."""
+    drop = np.uint64(0)
+    while (largest - smallest) >> drop >> np.uint64(2 * DIGIT):
+        drop += np.uint64(1)
+    digit, mask = np.uint64(DIGIT), np.uint64((1 << DIGIT) - 1)
+    low[:] = 0
+    high[:] = 0
     for i in range(n):
-        order[i] = i
-        digits[0, ~key[i] & 2047] += 1
-        digits[1, ~(key[i] >> 11) & 2047] += 1
-        digits[2, ~(key[i] >> 22) & 2047] += 1
-    for digit in range(3):
-        shift = np.uint32(11 * digit)
-        place = digits[digit]
-        if n and place[~(key[0] >> shift) & 2047] == n:
+        distance = (largest - (word[i] >> IMAGE)) >> drop
+        low[distance & mask] += 1
+        high[distance >> digit] += 1
+    before_low = before_high = 0
+    for d in range(1 << DIGIT):
+        before_low, low[d] = before_low + low[d], before_low
+        before_high, high[d] = before_high + high[d], before_high
+    for i in range(n):
+        d = ((largest - (word[i] >> IMAGE)) >> drop) & mask
+        spare[low[d]] = word[i]
+        low[d] += 1
+    for i in range(n):
+        d = ((largest - (spare[i] >> IMAGE)) >> drop) >> digit
+        word[high[d]] = spare[i]
+        high[d] += 1
+    for i in range(1, n):  # what the dropped bits, and equal images, leave
+        mover = word[i]
+        key = mover >> IMAGE
+        if word[i - 1] >> IMAGE > key:
             continue
-        before = 0
-        for d in range(2048):
-            before, place[d] = before + place[d], before
-        for i in range(n):
-            d = ~(key[order[i]] >> shift) & 2047
-            spare[place[d]] = order[i]
-            place[d] += 1
-        order, spare = spare, order
-    for i in range(1, n):  # among equal images: insertion by the float64 values
-        mover = order[i]
+        v = value[mover >> PLACE & FIELD]
         j = i
-        while j and key[order[j - 1]] == key[mover] and value[order[j - 1]] < value[mover]:
-            order[j] = order[j - 1]
+        while j:
+            other = word[j - 1] >> IMAGE
+            if other > key or (other == key and value[word[j - 1] >> PLACE & FIELD] >= v):
+                break
+            word[j] = word[j - 1]
             j -= 1
-        order[j] = mover
-    return order, spare
+        word[j] = mover
