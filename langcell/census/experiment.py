@@ -100,6 +100,8 @@ class Census:
         """
         names = list(dict.fromkeys(["soma_joinid", "raw_sum", "nnz", *columns]))
         present = self._experiment.obs.schema.names
+        if not {"raw_sum", "nnz"} <= set(present):  # releases before 2023-12-15
+            names = [name for name in names if name not in ("raw_sum", "nnz")]
         if missing := [name for name in names if name not in present]:
             raise InputError(
                 f"obs of {self.options.uri}, {self.options.organism} has no column {', '.join(missing)}. "
@@ -112,7 +114,11 @@ class Census:
                 f"obs of {self.options.uri} does not fit X: it has the cell {last}, X/raw ends at {rows - 1}. "
                 "They are of two releases, or a copy was cut short: copy the Census again."
             )
-        return pa.table({name: _encoded(table[name]) for name in names})
+        obs = pa.table({name: _encoded(table[name]) for name in names})
+        if "nnz" not in names:
+            obs = obs.add_column(1, "raw_sum", pa.nulls(len(obs), pa.float64()))
+            obs = obs.add_column(2, "nnz", pa.nulls(len(obs), pa.int64()))
+        return obs
 
     def var(self) -> pa.Table:
         """The genes in joinid order: soma_joinid (int64), feature_id and feature_name (string).
@@ -178,7 +184,7 @@ class ExperimentReader:
         gene, count = np.zeros(offsets[-1], np.int32), np.zeros(offsets[-1], np.float32)
         cursor, more = offsets[:-1].copy(), np.zeros(len(joinid), np.int32)
         with reading_x(self.options) as x_raw:
-            for start, stop in _runs(joinid, part):
+            for start, stop in _runs(joinid, part.start, part.stop):
                 first, last = np.searchsorted(joinid, [start, stop])
                 row_of = np.full(stop - start, -1, np.int32)
                 row_of[joinid[first:last] - start] = np.arange(first, last, dtype=np.int32)
@@ -189,6 +195,22 @@ class ExperimentReader:
         counts.sort_indices()  # a check only, where X is tiled as in a release
         fits = (cursor == offsets[1:]) & (more == 0)
         return RawCells(counts, part.cells["raw_sum"].to_numpy(), fits)
+
+    def measure(self, joinid: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Non-zeros (int64) and sum (float64) of the rows `joinid` (int64, ascending) of X. Raises SOMAError
+        where it cannot be read."""
+        nnz, raw_sum = np.zeros(len(joinid), np.int64), np.zeros(len(joinid))
+        with reading_x(self.options) as x_raw:
+            for start, stop in _runs(joinid, int(joinid[0]), int(joinid[-1]) + 1):
+                first, last = np.searchsorted(joinid, [start, stop])
+                length, total = np.zeros(stop - start, np.int64), np.zeros(stop - start)
+                for batch in x_raw.read((_closed(start, stop), _closed(0, self.n_vars))).tables():
+                    row = batch["soma_dim_0"].to_numpy() - start
+                    length += np.bincount(row, minlength=stop - start)
+                    total += np.bincount(row, batch["soma_data"].to_numpy(), stop - start)
+                own = joinid[first:last] - start
+                nnz[first:last], raw_sum[first:last] = length[own], total[own]
+        return nnz, raw_sum
 
 
 @nb.njit(cache=True, nogil=True)
@@ -206,11 +228,11 @@ def _place(dim_0, dim_1, data, start, row_of, offsets, cursor, more, gene, count
         cursor[row] = at + 1
 
 
-def _runs(joinid: np.ndarray, part: Slice) -> list[tuple[int, int]]:
-    """Ranges [start, stop) of adjacent bands that hold a wanted cell, clipped to the slice."""
+def _runs(joinid: np.ndarray, start: int, stop: int) -> list[tuple[int, int]]:
+    """Ranges [start, stop) of adjacent bands that hold a wanted cell, clipped to the range given."""
     bands = np.unique(joinid // BAND)
     parts = np.split(bands, np.flatnonzero(np.diff(bands) > 1) + 1)
-    return [(max(part.start, int(p[0]) * BAND), min(part.stop, int(p[-1] + 1) * BAND)) for p in parts]
+    return [(max(start, int(p[0]) * BAND), min(stop, int(p[-1] + 1) * BAND)) for p in parts]
 
 
 def _closed(start: int, stop: int) -> slice:

@@ -20,10 +20,12 @@ import pyarrow as pa
 from langcell.cells.beta import Beta
 from langcell.cells.options import BetaOptions, TokenOptions
 from langcell.cells.vocabulary import Vocabulary
+from langcell.census.experiment import Census
 from langcell.census.options import CensusOptions
 from langcell.census.slices import Slice, Source, make_slices
 from langcell.census.source import open_source
 from langcell.census.tokenised import TokenisedFolder
+from langcell.corpus.measuring import assume, measure
 from langcell.corpus.options import CorpusOptions
 from langcell.corpus.splits import assign_splits, check_split_options, split_columns
 from langcell.corpus.storage import absolute
@@ -150,8 +152,11 @@ class Draft:
         return [gene for gene, times in Counter(ids).items() if times > 1]
 
 
-def draft(order: Order) -> Draft:
-    """Read obs and var, and decide. Raises InputError for whatever in them the user can mend."""
+def draft(order: Order, *, plan_only: bool = False) -> Draft:
+    """Read obs and var, and decide; `plan_only`: without a look at X, and without Ray.
+
+    Raises InputError for whatever in them the user can mend.
+    """
     columns = [*text_columns(order.text), *split_columns(order.corpus, order.held_out_datasets)]
     obs = order.source.obs(columns)
     expected = order.census.expected_cells
@@ -160,6 +165,8 @@ def draft(order: Order) -> Draft:
             f"census.filter {order.census.filter!r} matches {obs.num_rows:,} cells, census.expected_cells "
             f"says {expected:,}: another release or filter than the one that was pinned."
         )
+    if isinstance(order.source, Census) and obs["nnz"].null_count:
+        obs = assume(obs) if plan_only else measure(order.source.reader, order.census.attempts, obs)
     var = None if isinstance(order.source, TokenisedFolder) else order.source.var()
     texts, text_of_cell, coverage = describe_obs(obs, order.ontology, order.text)
     term = pa.DictionaryArray.from_arrays(

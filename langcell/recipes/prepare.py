@@ -34,7 +34,7 @@ def plan(config: Config) -> dict[str, Any]:
     Raises InputError as `run` does for what obs, var and the options tell.
     """
     with place_order(*_asked(config)) as order:
-        drafted = draft(order)
+        drafted = draft(order, plan_only=True)
         expected = forecast(order, drafted)
     print(coverage_lines(drafted.coverage.to_dict()))
     print(expected.lines(os.cpu_count() or 1), flush=True)

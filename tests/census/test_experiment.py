@@ -86,7 +86,7 @@ def test_slices_read_what_a_plain_read_gives(
 def test_bands_without_a_wanted_cell_are_not_read(banded: tuple[CensusOptions, sp.csr_matrix]) -> None:
     with Census.open(banded[0]) as census:  # its filter leaves out all of band 1
         (only,) = make_slices(census.obs([]), 10**9)
-    assert _runs(only.cells["soma_joinid"].to_numpy(), only) == [(1, BAND), (2 * BAND, only.stop)]
+    assert _runs(only.cells["soma_joinid"].to_numpy(), only.start, only.stop) == [(1, BAND), (2 * BAND, only.stop)]
 
 
 def test_a_cell_that_obs_and_x_tell_differently_does_not_fit(options: CensusOptions) -> None:

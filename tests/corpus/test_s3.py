@@ -70,7 +70,7 @@ def test_from_bucket_to_bucket_through_failing_requests(server: S3Server, demo_u
     expected = Manifest.read(str(tmp_path / "corpus"))
 
     uri = server.uri("corpora/whole")
-    with server.fault(Fault(methods=("GET", "HEAD", *WRITES), status=500, every=4)) as hits:
+    with server.fault(Fault(methods=("GET", "HEAD", *WRITES), status=500, every=7)) as hits:
         first = run_prepare("s3://cells/census", uri, *tiledb_of(server))
         assert first.returncode == 0, first.stderr
         assert hits() > 50
@@ -147,7 +147,7 @@ def test_half_a_file_is_never_seen(server: S3Server, root: fs.FileSystem, fails_
     refusal = Fault(methods=fails_at, path="torn", status=403)
     if fails_at == ("POST",):  # the first POST begins the upload, the second would end it
         refusal = replace(refusal, every=2)
-    with server.fault(refusal) as hits, pytest.raises(OSError, match="ACCESS_DENIED"):
+    with server.fault(refusal), pytest.raises(OSError, match="ACCESS_DENIED"):
         write_file(root, "torn", os.urandom(25_000_000))
     assert sizes(root, ["torn"]) == [None]
     assert [key for key in server.keys("corpora", "files/torn") if not key.endswith(".tmp")] == []
