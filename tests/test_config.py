@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from langcell.census.experiment import Census
 from langcell.config import BOUNDS, parse
 from langcell.errors import InputError
 
@@ -44,3 +46,12 @@ def test_what_does_not_exist_is_refused(argument: str) -> None:
 def test_several_lanes_a_worker_are_refused() -> None:
     with pytest.raises(InputError, match="One lane a worker"):
         parse("", CONFIGS / "demo.yaml", ["--train.micro_batch=4"])
+
+
+def test_the_filter_of_sclibrary_is_one_that_obs_understands(demo_uri: str) -> None:
+    census = parse("", CONFIGS / "sclibrary.yaml", []).census
+    with Census.open(replace(census, uri=demo_uri)) as source:
+        assert len(source.obs([])) == 700  # the embedded cells are primary and of 10x 3' v1
+    other = replace(census, uri=demo_uri, filter=census.filter.replace("10x 3' v1", "10x 3' v9"))
+    with pytest.raises(InputError, match="matches no cell"):
+        Census.open(other)

@@ -39,7 +39,11 @@ def one_step(rank: int, cell_init: str, text_init: str) -> tuple[dict[str, float
     from langcell.train.engine import build_engine
 
     torch.set_num_threads(2)
-    config = parse("", CONFIGS / "langcell.yaml", [])
+    config = parse(
+        "",
+        CONFIGS / "demo.yaml",
+        [f"--config={CONFIGS / name}" for name in ("sclibrary.yaml", "langcell.yaml")],
+    )
     model_options = replace(config.model, cell_init=cell_init, text_init=text_init)
     train = replace(config.train, num_workers=1, micro_batch=2, global_batch=2, precision="fp32", gpus=False)
     vocab_size = GENEFORMER_VOCABULARY + 1
