@@ -21,7 +21,14 @@ import pyarrow as pa
 import scipy.sparse as sp
 import tiledbsoma as soma
 
-from langcell.census.opening import experiment_of, open_collection, reading_x, reason_of, resolve
+from langcell.census.opening import (
+    experiment_of,
+    open_collection,
+    reading_x,
+    reason_of,
+    resolve,
+    told_plainly,
+)
 from langcell.census.options import CensusOptions
 from langcell.census.slices import BAND, RawCells, Slice
 from langcell.errors import InputError
@@ -59,14 +66,16 @@ class Census:
         """
         resolved = resolve(options)
         collection = open_collection(resolved)
-        experiment = experiment_of(collection, resolved)
-        summary = collection["census_info"]["summary"].read().concat()
+        with told_plainly(collection.uri):
+            experiment = experiment_of(collection, resolved)
+            summary = collection["census_info"]["summary"].read().concat()
         about = dict(zip(summary["label"].to_pylist(), summary["value"].to_pylist(), strict=True))
         build = about.get("census_build_date", "")
         if options.uri is None:
-            # "stable" moves on: the build date does not, nor does the URI that tasks open.
+            # "stable" moves on: the build date does not, nor does the URI that tasks open, unsigned too.
             release = {"version": build}
-            resolved = replace(resolved, uri=collection.uri)
+            unsigned: dict[str, str | int] = {"vfs.s3.no_sign_request": "true"}
+            resolved = replace(resolved, uri=collection.uri, tiledb=unsigned | resolved.tiledb)
         else:
             release = {"uri": str(resolved.uri)}
         release |= {
@@ -107,8 +116,9 @@ class Census:
                 f"obs of {self.options.uri}, {self.options.organism} has no column {', '.join(missing)}. "
                 f"It has: {', '.join(present)}"
             )
-        table = _in_order(pa.concat_tables(self._read_obs(names)).select(names))
-        rows = self._experiment.ms["RNA"].X["raw"].shape[0]
+        with told_plainly(str(self.options.uri)):
+            table = _in_order(pa.concat_tables(self._read_obs(names)).select(names))
+            rows = self._experiment.ms["RNA"].X["raw"].shape[0]
         if (last := table["soma_joinid"][-1].as_py()) >= rows:
             raise InputError(
                 f"obs of {self.options.uri} does not fit X: it has the cell {last}, X/raw ends at {rows - 1}. "
@@ -128,12 +138,14 @@ class Census:
         """
         fields = {"soma_joinid": pa.int64(), "feature_id": pa.string(), "feature_name": pa.string()}
         names = list(fields)
-        table = _in_order(self._experiment.ms["RNA"].var.read(column_names=names).concat().select(names))
+        with told_plainly(str(self.options.uri)):
+            rna = self._experiment.ms["RNA"]
+            table = _in_order(rna.var.read(column_names=names).concat().select(names))
+            columns = rna.X["raw"].shape[1]
         if not np.array_equal(table["soma_joinid"], np.arange(len(table))):
             raise InputError(
                 f"var of {self.options.uri} does not number its genes 0, 1, 2, ...: not a Census"
             )
-        columns = self._experiment.ms["RNA"].X["raw"].shape[1]
         if len(table) > columns:
             raise InputError(
                 f"var of {self.options.uri} does not fit X: {len(table)} genes, X/raw has {columns} columns. "
@@ -143,7 +155,8 @@ class Census:
 
     @property
     def reader(self) -> ExperimentReader:
-        return ExperimentReader(self.options, self._experiment.ms["RNA"].var.count)
+        rna = self._experiment.ms["RNA"]
+        return ExperimentReader(self.options, rna.X["raw"].uri, rna.var.count)
 
     def datasets(self, soma_joinid: np.ndarray) -> list[str]:
         """dataset_id of each cell (joinids ascending), `unknown` where obs does not say."""
@@ -170,9 +183,10 @@ class Census:
 
 @dataclass(frozen=True)
 class ExperimentReader:
-    """Reads slices of X/raw. options: as `Census.options`; n_vars: genes of var."""
+    """Reads slices of X/raw. options: as `Census.options`; x_uri: where X/raw is; n_vars: genes of var."""
 
     options: CensusOptions
+    x_uri: str
     n_vars: int
 
     def __call__(self, part: Slice) -> RawCells:
@@ -183,7 +197,7 @@ class ExperimentReader:
         offsets = np.concatenate([[0], np.cumsum(part.cells["nnz"].to_numpy())]).astype(np.int32)
         gene, count = np.zeros(offsets[-1], np.int32), np.zeros(offsets[-1], np.float32)
         cursor, more = offsets[:-1].copy(), np.zeros(len(joinid), np.int32)
-        with reading_x(self.options) as x_raw:
+        with reading_x(self.options, self.x_uri) as x_raw:
             for start, stop in _runs(joinid, part.start, part.stop):
                 first, last = np.searchsorted(joinid, [start, stop])
                 row_of = np.full(stop - start, -1, np.int32)
@@ -200,7 +214,7 @@ class ExperimentReader:
         """Non-zeros (int64) and sum (float64) of the rows `joinid` (int64, ascending) of X. Raises SOMAError
         where it cannot be read."""
         nnz, raw_sum = np.zeros(len(joinid), np.int64), np.zeros(len(joinid))
-        with reading_x(self.options) as x_raw:
+        with reading_x(self.options, self.x_uri) as x_raw:
             for start, stop in _runs(joinid, int(joinid[0]), int(joinid[-1]) + 1):
                 first, last = np.searchsorted(joinid, [start, stop])
                 length, total = np.zeros(stop - start, np.int64), np.zeros(stop - start)

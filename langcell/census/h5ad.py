@@ -6,8 +6,9 @@ lengths of its matrix (of a dense one the counts), 3 us a cell, and hashes the f
 else pins what a folder holds. No handle stays open; obs is read again when it is asked for, so that a folder
 costs 16 bytes a selected cell in between.
 
-obs and var are read by anndata, which knows how its versions wrote tables; counts by `h5ad_matrix`, since a
-task wants rows of a slice and not a matrix. What names mean is said by `obs_words` and `genes`.
+obs and var are read by anndata, which knows how its versions since 0.7 (2020) wrote tables; counts by
+`h5ad_matrix`, since a task wants rows of a slice and not a matrix. What names mean is said by `obs_words` and
+`genes`.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ import pyarrow as pa
 from anndata.io import read_elem
 
 from langcell.census.genes import FileGenes, columns_in, file_genes, union
-from langcell.census.h5ad_matrix import CountMatrix
+from langcell.census.h5ad_matrix import CountMatrix, opened
 from langcell.census.h5ad_reader import H5adReader, StoredFile
 from langcell.census.obs_map import FileMap, ObsMap
 from langcell.census.obs_words import TEXT, census_obs, unnamed_labels
@@ -250,13 +251,11 @@ def _paths(folder: str) -> list[str]:
 def _reading(path: str) -> Iterator[h5py.File]:
     """The open file; what goes wrong in reading it is an InputError."""
     try:
-        with h5py.File(path) as h5:
+        with opened(path) as h5:
             yield h5
-    except (OSError, KeyError) as error:  # KeyError: a part of the layout is not there
-        reason = str(error.args[0]) if error.args else type(error).__name__
+    except OSError as error:
         raise InputError(
-            f"{path} cannot be read as .h5ad: {reason}. It is damaged, cut or another format: copy it again, "
-            "or take it out of the folder"
+            f"{error}. It is damaged, cut or another format: copy it again, or take it out of the folder"
         ) from error
 
 
@@ -268,7 +267,10 @@ def _table(h5: h5py.File, key: str) -> pd.DataFrame:
     except Exception as error:  # a damaged table raises whatever its parts run into
         raise OSError(f"{key}: {error}") from error
     if not isinstance(table, pd.DataFrame):
-        raise OSError(f"{key} is no table")
+        raise InputError(
+            f"{h5.filename}: {key} is no table as anndata writes since 0.7. Write the file anew: "
+            "anndata.read_h5ad(path).write_h5ad(path)"
+        )
     return table
 
 

@@ -13,6 +13,7 @@ entries, so a gap of less is read over.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -25,6 +26,17 @@ _PIECE = 1 << 20
 _GAP = 1 << 15
 _LOOK = 10_000
 """Entries looked at when a file is opened."""
+
+
+@contextmanager
+def opened(path: str) -> Iterator[h5py.File]:
+    """The open file. Raises OSError, naming the file, for whatever HDF5 finds wrong until it is closed."""
+    try:
+        with h5py.File(path) as file:
+            yield file
+    except (OSError, KeyError, RuntimeError) as error:
+        reason = str(error.args[-1]) if error.args else type(error).__name__
+        raise OSError(f"{path} cannot be read as .h5ad: {reason}") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,22 +67,25 @@ class CountMatrix:
         path = file.filename
         if key not in file:
             raise InputError(
-                f"{path} has no matrix {key}. It has: {', '.join(_matrices(file)) or 'none'}; choose the one "
-                "with raw counts with matrix in census.obs_map"
+                f"{path} has no matrix {key}. It has: {', '.join(_matrices(file)) or 'none'}; name the one "
+                "that holds raw counts under matrix in census.obs_map"
             )
         node = file[key]
         form = "dense"
         if isinstance(node, h5py.Group):
-            form = str(node.attrs.get("encoding-type", node.attrs.get("h5sparse_format", "no matrix")))
-        if form.startswith("csc"):
+            form = str(node.attrs.get("encoding-type", "no matrix"))
+        if form == "csc_matrix":
             raise InputError(
                 f"{path}: {key} is stored by columns (CSC), which would have to be read whole for every "
                 "slice. Store it by rows with anndata: a.X = a.X.tocsr(); a.write_h5ad(...)"
             )
-        if form != "dense" and not form.startswith("csr"):
+        if form not in ("dense", "csr_matrix"):
             raise InputError(f"{path}: {key} is stored as {form}; CSR or a dense array is expected")
-        found = node.attrs.get("shape", node.attrs.get("h5sparse_shape")) if form != "dense" else node.shape
-        if found is None or tuple(map(int, found)) != shape:
+        arrays = [node] if form == "dense" else [node.get(name) for name in ("indptr", "indices", "data")]
+        if not all(isinstance(part, h5py.Dataset) and part.dtype.kind in "biuf" for part in arrays):
+            raise InputError(f"{path}: {key} is damaged: it does not consist of arrays of numbers")
+        found = node.shape if form == "dense" else node.attrs.get("shape")
+        if found is None or tuple(np.ravel(found)) != shape:
             raise InputError(
                 f"{path}: {key} has the shape {found}, but obs has {shape[0]} cells and var {shape[1]} genes"
             )

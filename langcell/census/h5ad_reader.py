@@ -16,11 +16,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import pairwise
 
-import h5py
 import numpy as np
 import scipy.sparse as sp
 
-from langcell.census.h5ad_matrix import CountMatrix, Entries
+from langcell.census.h5ad_matrix import CountMatrix, Entries, opened
 from langcell.census.slices import RawCells, Slice
 
 
@@ -61,7 +60,7 @@ class H5adReader:
         for first, last in pairwise(edges):
             stored = self.files[of_file[first]]
             layout = self.layouts[stored.layout]
-            with h5py.File(stored.path) as file:
+            with opened(stored.path) as file:
                 matrix = CountMatrix.of(file, stored.matrix, stored.shape)
                 for piece in matrix.read(joinid[first:last] - stored.start, promised[first:last]):
                     cells.add(first, piece, layout, stored.states_totals)

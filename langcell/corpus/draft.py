@@ -75,7 +75,7 @@ def place_order(
         raise InputError(f"tokens.max_length is {tokens.max_length}; `<cls>` and one gene are 2 tokens.")
     if corpus.row_group_cells < 1:
         raise InputError(f"corpus.row_group_cells is {corpus.row_group_cells}; it must be 1 cell at least.")
-    ontology = Ontology.load(text)
+    ontology = Ontology.load(text, census.organism)
     medians = Beta.load(beta.source) if beta.source else None
     vocabulary = Vocabulary.load(tokens.vocabulary) if tokens.vocabulary else None
     source = open_source(census)

@@ -100,6 +100,8 @@ class Manifest:
             raise InputError(
                 f"corpus.dir: {dir} holds no whole corpus ({NAME} is missing); run jobs/prepare.py."
             ) from None
+        except OSError as error:
+            raise InputError(f"corpus.dir: {dir} cannot be read: {error}") from error
         except ValueError as error:
             raise InputError(
                 f"corpus.dir: {dir}/{NAME} is no JSON ({error}); prepare the corpus anew."

@@ -32,14 +32,14 @@ from langcell.text.options import FACETS, TextOptions
 ONTOLOGIES_OF: dict[str, tuple[str, ...]] = {
     "cell_type": ("CL",),
     "assay": ("EFO",),
-    "development_stage": ("HsapDv", "UBERON"),
+    "development_stage": ("HsapDv", "MmusDv", "UBERON"),
     "tissue": ("UBERON", "CL"),
     "tissue_general": ("UBERON",),
     "disease": ("MONDO", "PATO"),
     "sex": ("PATO",),
     "self_reported_ethnicity": ("HANCESTRO",),
 }
-"""The ontologies whose terms each facet may hold (CELLxGENE's schema, human data)."""
+"""The ontologies whose terms each facet may hold (CELLxGENE's schema, human and mouse data)."""
 
 UNKNOWN = frozenset({"", "unknown", "na", "n/a", "nan", "none", "null", "<na>"})
 """Values, in lower case, that say nothing."""

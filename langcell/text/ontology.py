@@ -1,6 +1,6 @@
 """One look-up of ontology terms: label, definition, exact synonyms, ancestors.
 
-Seven ontologies name everything that stands in a text (`releases.ONTOLOGIES`); `releases` reads them,
+Eight ontologies name everything that stands in a text (`releases.ONTOLOGIES`); `releases` reads them,
 and says what an ancestor is. Terms are made when they are asked for: a Census needs some thousands of
 the 74k, so a first look-up costs the reading of one ontology (CL 0.02 s, MONDO 0.4 s) and not of all.
 
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from langcell.errors import InputError
 from langcell.text.options import TextOptions
-from langcell.text.releases import ONTOLOGIES, Packaged, Record, Release, read_obo
+from langcell.text.releases import ONTOLOGIES, STAGES_OF, Packaged, Record, Release, read_obo
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,7 +67,7 @@ class Ontology:
     @classmethod
     def packaged(cls) -> "Ontology":
         """The releases that `cellxgene-ontology-guide` ships; one object per process, no network."""
-        return _load(())
+        return _load((), "homo_sapiens")
 
     @classmethod
     def from_obo(cls, sources: Iterable[str]) -> "Ontology":
@@ -79,12 +79,13 @@ class Ontology:
         return cls([read_obo(source) for source in sources])
 
     @classmethod
-    def load(cls, options: TextOptions) -> "Ontology":
-        """What the options ask for; one object per process and list of releases.
+    def load(cls, options: TextOptions, organism: str = "homo_sapiens") -> "Ontology":
+        """What the options ask for; one object per process, list of releases and organism.
 
-        Each release in `options.ontologies` takes the place of the packaged release of its ontology.
+        Each release in `options.ontologies` takes the place of the packaged release of its ontology. Of the
+        stages of life only the organism's own are loaded: a label such as `adult stage` is several species'.
         """
-        return _load(tuple(options.ontologies))
+        return _load(tuple(options.ontologies), organism)
 
     @property
     def versions(self) -> dict[str, str]:
@@ -216,9 +217,11 @@ def compare(a: Ontology, b: Ontology) -> list[Difference]:
 
 
 @cache
-def _load(sources: tuple[str, ...]) -> Ontology:
+def _load(sources: tuple[str, ...], organism: str) -> Ontology:
     given = [read_obo(source) for source in sources]
-    rest = [Packaged(name) for name in ONTOLOGIES if name not in {release.ontology for release in given}]
+    others = {stages for species, stages in STAGES_OF.items() if species != organism}
+    left_out = others | {release.ontology for release in given}
+    rest = [Packaged(name) for name in ONTOLOGIES if name not in left_out]
     return Ontology(sorted([*given, *rest], key=lambda release: list(ONTOLOGIES).index(release.ontology)))
 
 

@@ -1,7 +1,7 @@
 """Ontology releases, read into one form of record, by two roads.
 
 `Packaged` is the default: `cellxgene-ontology-guide` ships the releases that CELLxGENE itself
-validates against, so its ids are the Census's, and nothing is downloaded. All seven ontologies
+validates against, so its ids are the Census's, and nothing is downloaded. All eight ontologies
 (74k terms) load in 0.7 s; each loads when its first term is asked for. `read_obo` parses OBO
 Foundry releases with pronto: Cell Ontology 2024-04-05 (3 MB OWL, gzip) takes 7 s and 440 MB.
 
@@ -36,13 +36,16 @@ ONTOLOGIES: dict[str, tuple[str, ...]] = {
     "CL": ("CL",),
     "EFO": ("EFO",),
     "HsapDv": ("HsapDv",),
+    "MmusDv": ("MmusDv",),
     "UBERON": ("UBERON",),
     "MONDO": ("MONDO",),
     "PATO": ("PATO",),
     "HANCESTRO": ("HANCESTRO", "AfPO"),
 }
-"""The ontologies of the eight facets, each with the id prefixes that its releases define."""
+"""The ontologies of the eight facets, of man and mouse, each with the id prefixes that its releases define."""
 
+STAGES_OF = {"homo_sapiens": "HsapDv", "mus_musculus": "MmusDv"}
+"""The ontology of each organism's stages of life."""
 PART_OF = ("part_of", "BFO:0000050")
 TIMEOUT_S = 60
 """Longest silence of a server that a release is read from."""
