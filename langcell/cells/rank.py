@@ -24,7 +24,6 @@ import scipy.sparse as sp
 from langcell.cells.normalize import SCALE
 from langcell.errors import InputError
 
-
 DIGIT = 9
 """Bits of a digit of the radix sort."""
 TABLE = 256

@@ -121,8 +121,8 @@ class Census:
             rows = self._experiment.ms["RNA"].X["raw"].shape[0]
         if (last := table["soma_joinid"][-1].as_py()) >= rows:
             raise InputError(
-                f"obs of {self.options.uri} does not fit X: it has the cell {last}, X/raw ends at {rows - 1}. "
-                "They are of two releases, or a copy was cut short: copy the Census again."
+                f"obs of {self.options.uri} does not fit X: it has the cell {last}, X/raw ends at "
+                f"{rows - 1}. They are of two releases, or a copy was cut short: copy the Census again."
             )
         obs = pa.table({name: _encoded(table[name]) for name in names})
         if "nnz" not in names:
@@ -157,6 +157,11 @@ class Census:
     def reader(self) -> ExperimentReader:
         rna = self._experiment.ms["RNA"]
         return ExperimentReader(self.options, rna.X["raw"].uri, rna.var.count)
+
+    @property
+    def remarks(self) -> dict[str, dict[str, Any]]:
+        """None: a Census is one collection in its own words."""
+        return {}
 
     def datasets(self, soma_joinid: np.ndarray) -> list[str]:
         """dataset_id of each cell (joinids ascending), `unknown` where obs does not say."""

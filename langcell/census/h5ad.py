@@ -75,9 +75,9 @@ class H5adFolder:
     """The cells that the options select; keeps `langcell.census.slices.Source`.
 
     release: `uri`, `organism`, `filter`, `files` (digest of each by name), `obs_map` and `symbols` (digests
-    of what they say, or None). reader: counts of a slice. genes_unmapped, genes_duplicated: columns of each
-    file that are left out for want of an id, and for their name standing twice. labels_unmapped: cells
-    with a label that the obs map does not name, by facet that it maps and label.
+    of what they say, or None). reader: counts of a slice. remarks: columns of each file that are left out
+    for want of an id, and for their name standing twice; cells with a label that the obs map does not
+    name, by facet that it maps and label.
     """
 
     def __init__(self, options: CensusOptions, release: dict[str, Any], files: list[_Opened]) -> None:
@@ -86,12 +86,15 @@ class H5adFolder:
         self._files = files
         self._columns = list(dict.fromkeys(name for file in files for name in file.columns))
         self._var = union({file.path: file.genes for file in files})
-        self.genes_unmapped = {file.name: file.genes.unmapped for file in files}
-        self.genes_duplicated = {file.name: file.genes.duplicated for file in files}
-        self.labels_unmapped: dict[str, Counter[str]] = {}
+        labels_unmapped: dict[str, Counter[str]] = {}
         for file in files:
             for facet, labels in file.unnamed.items():
-                self.labels_unmapped.setdefault(facet, Counter()).update(labels)
+                labels_unmapped.setdefault(facet, Counter()).update(labels)
+        self.remarks: dict[str, dict[str, Any]] = {
+            "genes_without_id": {file.name: file.genes.unmapped for file in files},
+            "genes_duplicated": {file.name: file.genes.duplicated for file in files},
+            "labels_unmapped": labels_unmapped,
+        }
         ids = [tuple(file.genes.feature_id) for file in files]
         layouts = {layout: i for i, layout in enumerate(dict.fromkeys(ids))}
         feature_id = self._var["feature_id"].to_pylist()

@@ -91,6 +91,12 @@ class Source(Protocol):
     @property
     def reader(self) -> Reader: ...
 
+    @property
+    def remarks(self) -> dict[str, dict[str, Any]]:
+        """What was left out of it or not understood, for a report: `genes_without_id` and
+        `genes_duplicated` (columns by file), `labels_unmapped` (cells by facet and label)."""
+        ...
+
     def obs(self, columns: Iterable[str]) -> pa.Table:
         """The selected cells in joinid order.
 

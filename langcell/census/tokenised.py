@@ -70,13 +70,13 @@ class TokenReader:
 class TokenisedFolder:
     """The cells of a folder that the options select; soma_joinid is the row over all files in order.
 
-    options: the same with its place resolved. labels_unmapped: cells with a label that `census.obs_map` does
+    options: the same with its place resolved. remarks: cells with a label that `census.obs_map` does
     not name, by facet and label. Nothing stays open between two calls.
     """
 
     def __init__(self, options: CensusOptions, files: TokenFiles, obs_map: ObsMap) -> None:
         self.options = options
-        self.labels_unmapped: dict[str, Counter[str]] = {}
+        self.remarks: dict[str, dict[str, Any]] = {"labels_unmapped": {}}
         self._files, self._map = files, obs_map
         self._obs = TokenObs(files, obs_map, str(options.uri))
         self._selected = self._select()
@@ -165,7 +165,7 @@ class TokenisedFolder:
                 found[segment.file].setdefault(facet, set()).update(labels)
             if segment.of.labels:
                 for facet, cells in unnamed_labels(segment.cells[hit], segment.of).items():
-                    self.labels_unmapped.setdefault(facet, Counter()).update(cells)
+                    self.remarks["labels_unmapped"].setdefault(facet, Counter()).update(cells)
         self._map.check_found(found)
         selected = np.concatenate(kept)
         if not selected.any():

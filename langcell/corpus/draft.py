@@ -55,6 +55,16 @@ class Order:
     vocabulary: Vocabulary | None
     recipe: dict[str, Any]
 
+    def made_with(self) -> tuple[Beta, Vocabulary]:
+        """Medians and vocabulary of sentences that others made. Raises InputError unless both are given."""
+        if self.beta is None or self.vocabulary is None:
+            raise InputError(
+                f"census.uri {self.census.uri} holds sentences of tokens: name the vocabulary "
+                "(tokens.vocabulary) and the medians (beta.source) that they were made with, Geneformer's "
+                "for LangCell's own."
+            )
+        return self.beta, self.vocabulary
+
 
 @contextmanager
 def place_order(
@@ -80,11 +90,6 @@ def place_order(
     vocabulary = Vocabulary.load(tokens.vocabulary) if tokens.vocabulary else None
     source = open_source(census)
     try:
-        if isinstance(source, TokenisedFolder) and not (medians and vocabulary):
-            raise InputError(
-                f"census.uri {census.uri} holds sentences of tokens: name the vocabulary (tokens.vocabulary) "
-                "and the medians (beta.source) that they were made with, Geneformer's for LangCell's own."
-            )
         recipe = {
             "census": source.release,
             "corpus": {
@@ -111,7 +116,7 @@ def place_order(
                 "vocabulary": vocabulary.hash if vocabulary else "of the corpus",
             },
         }
-        yield Order(
+        order = Order(
             source,
             census,
             tokens,
@@ -124,20 +129,26 @@ def place_order(
             vocabulary,
             recipe,
         )
+        if isinstance(source, TokenisedFolder):
+            order.made_with()
+        yield order
     finally:
         source.close()
+
+
+NO_GENES = pa.table({"feature_id": pa.array([], pa.string()), "feature_name": pa.array([], pa.string())})
 
 
 @dataclass(frozen=True)
 class Draft:
     """All that obs decides of a corpus.
 
-    var: genes in column order, None where the cells are sentences already; cells: soma_joinid, raw_sum,
+    var: genes in column order, none where the cells are sentences already; cells: soma_joinid, raw_sum,
     nnz, text_id, term and split of every cell; texts: the distinct ones, text_of_cell: the index of each
     cell's (int64); coverage: what each facet resolved to; selection: digest of `cells`.
     """
 
-    var: pa.Table | None
+    var: pa.Table
     cells: pa.Table
     texts: Texts
     text_of_cell: np.ndarray
@@ -148,8 +159,7 @@ class Draft:
     @property
     def duplicated(self) -> list[str]:
         """Gene ids that stand more than once in var: no count of theirs can be told from the other's."""
-        ids = [] if self.var is None else self.var["feature_id"].to_pylist()
-        return [gene for gene, times in Counter(ids).items() if times > 1]
+        return [gene for gene, times in Counter(self.var["feature_id"].to_pylist()).items() if times > 1]
 
 
 def draft(order: Order, *, plan_only: bool = False) -> Draft:
@@ -167,7 +177,7 @@ def draft(order: Order, *, plan_only: bool = False) -> Draft:
         )
     if isinstance(order.source, Census) and obs["nnz"].null_count:
         obs = assume(obs) if plan_only else measure(order.source.reader, order.census.attempts, obs)
-    var = None if isinstance(order.source, TokenisedFolder) else order.source.var()
+    var = NO_GENES if isinstance(order.source, TokenisedFolder) else order.source.var()
     texts, text_of_cell, coverage = describe_obs(obs, order.ontology, order.text)
     term = pa.DictionaryArray.from_arrays(
         pa.array(texts.term_index[text_of_cell] + 1, pa.int32()), ["", *texts.terms]

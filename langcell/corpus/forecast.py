@@ -52,7 +52,8 @@ class Forecast:
             f"slices     {self.slices:,}, {self.passes} passes over X\n"
             f"memory     {self.task_mb:,} MB a task at most; one task a CPU\n"
             f"bytes      {_size(self.bytes_read)} read, {_size(self.bytes_written)} written\n"
-            f"time       {_time(self.cpu_seconds)} of CPU: about {_time(wall)} on {cpus} CPUs, if storage keeps up"
+            f"time       {_time(self.cpu_seconds)} of CPU: about {_time(wall)} on {cpus} CPUs, if storage "
+            "keeps up"
         )
 
 

@@ -104,8 +104,8 @@ class Ledger:
             datasets = " to ".join(dict.fromkeys(self._source.datasets(np.unique(ends))))
             return (
                 f"census: the cells with soma_joinid {ends[0]} to {ends[1]} (dataset {datasets}; slice "
-                f"{faults.slice}) cannot be read: {faults.reason}. A fragment is damaged, or storage does not "
-                f"answer. Mend it and run the same command again, which goes on from here; or {remedy}"
+                f"{faults.slice}) cannot be read: {faults.reason}. A fragment is damaged, or storage does "
+                f"not answer. Mend it and run the same command again, which goes on from here; or {remedy}"
             )
         first = list(zip(joinid[:NAMED], self._source.datasets(joinid[:NAMED]), faults.fault, strict=False))
         lines = [

@@ -64,8 +64,8 @@ class Manifest:
     hash, recipe_hash, beta_hash, vocabulary_hash: hex. recipe: what was asked for. counts: `cells` and
     `tokens` by split, `texts`, `genes` (genes that can stand in a sentence), `left_out` (cells that are
     in no block, by fault), `genes_left_out` (by reason), `slices`. ontologies: release by name. coverage:
-    what each facet resolved to. blocks: by split, then slice. files: all others. versions: libraries that
-    wrote it.
+    what each facet resolved to, and the source's remarks. blocks: by split, then slice. files: all others.
+    versions: libraries that wrote it.
     """
 
     hash: str

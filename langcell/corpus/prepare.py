@@ -170,14 +170,26 @@ def _manifest(
             "texts": len(texts),
             "genes": road.genes,
             "left_out": ledger.counts,
-            "genes_left_out": {"duplicated": len(drafted.duplicated)},
+            "genes_left_out": _genes_left_out(order, drafted),
             "slices": len(drafted.slices),
         },
-        coverage=drafted.coverage.to_dict(),
+        coverage=drafted.coverage.to_dict() | {"source": order.source.remarks},
         blocks=blocks,
         files=_write_tables(root, texts, road, ledger),
         versions=library_versions(),
     )
+
+
+def _genes_left_out(order: Order, drafted: Draft) -> dict[str, int]:
+    """Genes that can stand in no sentence whatever the vocabulary, by reason; columns of all files."""
+    remarks = order.source.remarks
+    of_files = {
+        name: sum(remarks.get(name, {}).values()) for name in ("genes_duplicated", "genes_without_id")
+    }
+    return {
+        "duplicated": len(drafted.duplicated) + of_files["genes_duplicated"],
+        "without_id": of_files["genes_without_id"],
+    }
 
 
 def _write_tables(root: fs.FileSystem, texts: Texts, road: Road, ledger: Ledger) -> list[File]:

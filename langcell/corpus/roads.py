@@ -18,7 +18,7 @@ from langcell.cells.beta import Beta
 from langcell.cells.faults import Fault
 from langcell.cells.vocabulary import Vocabulary
 from langcell.census.reading import counts_block, counts_bytes, sentences_block, sentences_bytes
-from langcell.census.slices import Slice
+from langcell.census.slices import Slice, Source
 from langcell.census.tokenised import TokenisedFolder
 from langcell.corpus.beta_pass import train_beta
 from langcell.corpus.draft import Draft, Order
@@ -55,17 +55,18 @@ def take_road(order: Order, drafted: Draft, root: fs.FileSystem, ledger: Ledger)
     """
     source, attempts = order.source, order.census.attempts
     if isinstance(source, TokenisedFolder):
-        assert order.beta is not None and order.vocabulary is not None  # place_order asks for both
-        reader = source.reader_for(order.vocabulary, order.tokens.max_length)
+        medians, vocabulary = order.made_with()
+        reader = source.reader_for(vocabulary, order.tokens.max_length)
         return Road(
-            order.beta,
-            order.vocabulary,
-            len(order.vocabulary.gene_ids),
+            medians,
+            vocabulary,
+            len(vocabulary.gene_ids),
             partial(sentences_block, reader, attempts),
             sentences_bytes,
             take_sentences,
         )
-    medians, lost = (order.beta, set()) if order.beta else _own_beta(order, drafted, root, ledger)
+    none_lost: set[int] = set()
+    medians, lost = (order.beta, none_lost) if order.beta else _own_beta(source, order, drafted, root, ledger)
     vocabulary = order.vocabulary or Vocabulary.from_beta(medians)
     encoder = _encoder(medians, vocabulary, drafted, order.tokens.max_length)
     return Road(
@@ -88,15 +89,14 @@ def take_sentences(table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]
     return offsets - offsets[0], tokens.flatten().to_numpy(), fault
 
 
-def _own_beta(order: Order, drafted: Draft, root: fs.FileSystem, ledger: Ledger) -> tuple[Beta, set[int]]:
+def _own_beta(
+    source: Source, order: Order, drafted: Draft, root: fs.FileSystem, ledger: Ledger
+) -> tuple[Beta, set[int]]:
     """The medians of the train split, kept so that an interrupted run need not read X for them again, and
     the slices that cannot be read."""
-    assert drafted.var is not None and not isinstance(order.source, TokenisedFolder)
     if sizes(root, [OWN_BETA]) == [None]:
-        about = {key: str(value) for key, value in order.source.release.items() if key != "files"}
-        trained = train_beta(
-            order.source.reader, order.census.attempts, drafted.var, drafted.slices, ledger, about
-        )
+        about = {key: str(value) for key, value in source.release.items() if key != "files"}
+        trained = train_beta(source.reader, order.census.attempts, drafted.var, drafted.slices, ledger, about)
         lost = {_LOST: " ".join(map(str, trained.unreadable))} if trained.unreadable else {}
         medians = trained.beta.without(drafted.duplicated, lost)
         medians.write(f"{OWN_BETA}.tmp", root)
@@ -113,7 +113,6 @@ def _own_beta(order: Order, drafted: Draft, root: fs.FileSystem, ledger: Ledger)
 
 def _encoder(medians: Beta, vocabulary: Vocabulary, drafted: Draft, max_length: int) -> Encoder:
     """Medians and tokens in the order of var."""
-    assert drafted.var is not None
     feature_id = drafted.var["feature_id"].to_pylist()
     median_of = dict(zip(medians.feature_id, medians.beta, strict=True))
     for gene in drafted.duplicated:

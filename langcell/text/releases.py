@@ -42,7 +42,7 @@ ONTOLOGIES: dict[str, tuple[str, ...]] = {
     "PATO": ("PATO",),
     "HANCESTRO": ("HANCESTRO", "AfPO"),
 }
-"""The ontologies of the eight facets, of man and mouse, each with the id prefixes that its releases define."""
+"""The ontologies of the eight facets, of man and mouse, each with the id prefixes that it defines."""
 
 STAGES_OF = {"homo_sapiens": "HsapDv", "mus_musculus": "MmusDv"}
 """The ontology of each organism's stages of life."""

@@ -86,7 +86,10 @@ def test_slices_read_what_a_plain_read_gives(
 def test_bands_without_a_wanted_cell_are_not_read(banded: tuple[CensusOptions, sp.csr_matrix]) -> None:
     with Census.open(banded[0]) as census:  # its filter leaves out all of band 1
         (only,) = make_slices(census.obs([]), 10**9)
-    assert _runs(only.cells["soma_joinid"].to_numpy(), only.start, only.stop) == [(1, BAND), (2 * BAND, only.stop)]
+    assert _runs(only.cells["soma_joinid"].to_numpy(), only.start, only.stop) == [
+        (1, BAND),
+        (2 * BAND, only.stop),
+    ]
 
 
 def test_a_cell_that_obs_and_x_tell_differently_does_not_fit(options: CensusOptions) -> None:
@@ -116,9 +119,12 @@ def test_obs_or_var_beyond_x_are_refused(tmp_path: Path) -> None:
         writer.tiledbsoma_resize_soma_joinid_shape(4)
     with tiledbsoma.open(frame, "w") as writer:
         writer.write(rows.slice(0, 1).set_column(0, "soma_joinid", pa.array([3])))
-    with Census.open(CensusOptions(uri=f"{tmp_path}/census")) as census:
-        with pytest.raises(InputError, match=r"obs of .* does not fit X: it has the cell 3, .* ends at 2"):
-            census.obs([])
+    says = r"obs of .* does not fit X: it has the cell 3, .* ends at 2"
+    with (
+        Census.open(CensusOptions(uri=f"{tmp_path}/census")) as census,
+        pytest.raises(InputError, match=says),
+    ):
+        census.obs([])
 
 
 def test_obs_is_filtered_ordered_and_typed(options: CensusOptions) -> None:

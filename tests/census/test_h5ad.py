@@ -227,8 +227,8 @@ def test_symbols_are_summed_and_totals_are_over_all_genes(tmp_path: Path) -> Non
     raw = read_all(folder)
     np.testing.assert_array_equal(raw.counts.toarray(), [[4, 3, 5], [9, 13, 10]])
     assert raw.totals.tolist() == [15, 40]
-    assert folder.genes_unmapped == {"a.h5ad": 1}
-    assert folder.genes_duplicated == {"a.h5ad": 0}
+    assert folder.remarks["genes_without_id"] == {"a.h5ad": 1}
+    assert folder.remarks["genes_duplicated"] == {"a.h5ad": 0}
 
 
 def test_a_duplicated_gene_is_an_error_or_left_out(tmp_path: Path) -> None:
@@ -239,7 +239,7 @@ def test_a_duplicated_gene_is_an_error_or_left_out(tmp_path: Path) -> None:
         open_folder(tmp_path / "f")
     folder = open_folder(tmp_path / "f", bad_cells="skip")
     assert folder.var()["feature_id"].to_pylist() == [IDS[1]]
-    assert folder.genes_duplicated == {"a.h5ad": 2}
+    assert folder.remarks["genes_duplicated"] == {"a.h5ad": 2}
     raw = read_all(folder)
     assert (raw.counts.toarray().tolist(), raw.totals.tolist()) == ([[2]], [7])
 
@@ -435,8 +435,8 @@ def test_columns_and_files_that_are_not_there(two: Path, tmp_path: Path) -> None
 def test_labels_that_the_map_does_not_name_are_counted(two: Path, tmp_path: Path) -> None:
     path = yaml_map(tmp_path, {"labels": {"cell_type": {"T": "CL:0000084"}}})
     folder = open_folder(two, obs_map=path)
-    assert folder.labels_unmapped == {"cell_type": {"B": 25}}
-    assert open_folder(two, obs_map=path, filter='cell_type == "T"').labels_unmapped == {}
+    assert folder.remarks["labels_unmapped"] == {"cell_type": {"B": 25}}
+    assert open_folder(two, obs_map=path, filter='cell_type == "T"').remarks["labels_unmapped"] == {}
 
 
 def test_the_release_pins_the_content(two: Path, tmp_path: Path) -> None:
@@ -495,7 +495,7 @@ def test_three_real_studies(three: H5adFolder, shared: Path) -> None:
     for name in sorted(THREE):
         data = ad.read_h5ad(shared / name)
         ids = [gene if gene.startswith("ENSG") else id_of.get(gene) for gene in data.var_names]
-        assert three.genes_unmapped[name] == ids.count(None)
+        assert three.remarks["genes_without_id"][name] == ids.count(None)
         kept = [i for i, gene in enumerate(ids) if gene is not None]
         place = np.searchsorted(feature_id, [ids[i] for i in kept])
         onto = sp.csr_matrix((np.ones(len(kept)), (kept, place)), (len(ids), len(feature_id)))
@@ -516,7 +516,7 @@ def test_three_real_studies(three: H5adFolder, shared: Path) -> None:
 def test_every_label_of_the_three_studies_is_mapped_to_a_fitting_term(three: H5adFolder) -> None:
     columns = [name for facet in FACETS for name in (facet, f"{facet}_ontology_term_id")]
     obs = three.obs([*columns, "dataset_id"])
-    assert three.labels_unmapped == {}
+    assert three.remarks["labels_unmapped"] == {}
     assert len(obs["dataset_id"].combine_chunks().dictionary) == 7
     rows = obs.select(columns).to_pandas().drop_duplicates().to_dict("records")
     parser, ontology = OntologyParser(), Ontology.packaged()
@@ -557,8 +557,8 @@ def test_a_mouse_file_needs_no_map(shared: Path, tmp_path: Path) -> None:
     assert folder.var()["feature_name"].to_pylist() == data.var["feature_name"].iloc[order].tolist()
     raw = read_all(folder, max_nnz=9_000)
     np.testing.assert_array_equal(raw.counts.toarray(), data.X[:, order].toarray())
-    assert not H5adFolder.open(
-        CensusOptions(uri=str(tmp_path), organism="mus_musculus", filter="")
-    ).labels_unmapped
+    assert not H5adFolder.open(CensusOptions(uri=str(tmp_path), organism="mus_musculus", filter="")).remarks[
+        "labels_unmapped"
+    ]
     with pytest.raises(InputError, match=r"mouse_val\.h5ad: gene ENSMUSG\d+ is not of homo_sapiens"):
         H5adFolder.open(CensusOptions(uri=str(tmp_path)))

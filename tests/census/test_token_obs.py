@@ -89,7 +89,7 @@ def test_the_map_gives_columns_labels_and_constants(tmp_path: Path) -> None:
     assert set(obs["assay_ontology_term_id"].to_pylist()) == {"EFO:0009922"}
     assert set(obs["dataset_id"].to_pylist()) == {"kept"}
     assert obs["donor_id"].to_pylist() == ["0"] * 10 + ["1"] * 10
-    assert opened(tmp_path / "c", "", str(words)).labels_unmapped == {"cell_type": {"odd": 10}}
+    assert opened(tmp_path / "c", "", str(words)).remarks["labels_unmapped"] == {"cell_type": {"odd": 10}}
     assert folder.release["obs_map"] != opened(tmp_path / "c").release["obs_map"] is None
 
     words.write_text("labels: {cell_type: {T: CL:0000084}}\ncolumns: {cell_type: cluster}")

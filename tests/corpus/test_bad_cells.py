@@ -150,7 +150,7 @@ def test_a_gene_that_stands_twice_is_refused_or_left_out(ray_session, tmp_path) 
     with pytest.raises(InputError, match=rf"feature_id {genes[3]} stands more than once \(1 such\)"):
         make(uri, tmp_path / "corpus", [], **OPTIONS)
     summary = make(uri, tmp_path / "corpus", [], **OPTIONS, census__bad_cells="skip")
-    assert summary.genes_left_out == {"duplicated": 1}
+    assert summary.genes_left_out == {"duplicated": 1, "without_id": 0}
     vocabulary = Vocabulary.read(str(tmp_path / "corpus" / "vocabulary.json"))
     assert genes[3] not in vocabulary.gene_ids
     assert genes[3] not in Beta.read(str(tmp_path / "corpus" / "beta.parquet")).feature_id
