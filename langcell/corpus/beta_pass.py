@@ -66,16 +66,16 @@ def train_beta(
 
     unreadable: set[int] = set()
     while True:
-        train = [part for part in train if part.index not in unreadable]
-        if not train:
-            raise InputError("census: no slice with train cells can be read.")
         counted, first = _reduce(histogram_of, train, ledger, "beta: histogram", shared)
         bins = _task(median_bins).remote(counted, var.num_rows)
         collected, second = _reduce(collect_of, train, ledger, "beta: medians", shared, bins)
         lost = [{faults.slice for faults in found if faults.unreadable} for found in (first, second)]
         unreadable |= lost[0] | lost[1]
+        if {part.index for part in train} <= unreadable:
+            raise InputError("census: no slice with train cells can be read.")
         if lost[0] == lost[1]:
             break  # else storage failed between the passes: these slices shall have a part in neither
+        train = [part for part in train if part.index not in unreadable]
     n_cells = sum(len(part.cells) for part in train) - sum(len(faults.fault) for faults in second)
     ids, names = var["feature_id"].to_pylist(), var["feature_name"].to_pylist()
     about = about | {"cells": str(n_cells)}
