@@ -183,7 +183,12 @@ def draft(order: Order, *, plan_only: bool = False) -> Draft:
         pa.array(texts.term_index[text_of_cell] + 1, pa.int32()), ["", *texts.terms]
     )
     obs = obs.append_column("term", term)
-    split = assign_splits(obs, order.corpus, order.held_out_types, order.held_out_datasets)
+    found = [order.ontology.find(name, ["CL"]) for name in order.held_out_types]
+    held_out_types = [
+        type.id if type and type.id in texts.terms else name
+        for type, name in zip(found, order.held_out_types, strict=True)
+    ]
+    split = assign_splits(obs, order.corpus, held_out_types, order.held_out_datasets)
     cells = pa.table(
         {
             "soma_joinid": obs["soma_joinid"],
