@@ -1,26 +1,21 @@
-"""The text table: one row per distinct text, found from obs alone, tokenised once.
+"""The text table: one row per distinct text, found from obs alone.
 
 Cells outnumber the distinct combinations of their facets by far (7.1M cells of CELLxGENE carry 11,260
 texts), so each combination is described once and a cell keeps only the id of its text. Two combinations
 can give one text (ids of a facet that has no definition and one label); the first of them in joinid
 order then stands for both, with its term.
 
-Shape suffixes: K distinct texts, V variants of each, B texts to tokenise, C distinct terms.
+Training tokenises it (`text_table`): what prepares a corpus loads no torch. Shape suffix: K distinct texts.
 """
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import torch
 
-from langcell.batch import Packed, TextTable
 from langcell.corpus.schema import SPLITS, text_schema
 from langcell.corpus.storage import open_root, read_file
 from langcell.errors import InputError
@@ -28,11 +23,7 @@ from langcell.text.describe import Coverage, describe
 from langcell.text.ontology import Ontology
 from langcell.text.options import TextOptions
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
 NAME = "texts.parquet"
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -155,56 +146,4 @@ def read_texts(dir: str) -> Texts:
             if name.endswith(suffix)
         },
         cells=np.stack([table[f"n_{split}"].to_numpy() for split in SPLITS], axis=1),
-    )
-
-
-def related_terms(texts: Texts) -> torch.Tensor:
-    """Whether one of two terms of `texts.terms` is an ontology ancestor of the other: bool [C, C].
-
-    Symmetric; false on the diagonal.
-    """
-    index = {term: i for i, term in enumerate(texts.terms)}
-    related_CC = torch.zeros(len(index), len(index), dtype=torch.bool)
-    for term, ancestors in zip(texts.term, texts.ancestors, strict=True):
-        for other in index.keys() & set(ancestors) if term else ():
-            related_CC[index[term], index[other]] = related_CC[index[other], index[term]] = True
-    return related_CC
-
-
-def tokenise_texts(
-    texts: Sequence[str], tokenizer: PreTrainedTokenizerBase, max_length: int
-) -> tuple[Packed, np.ndarray]:
-    """Token ids of B `texts`, special tokens included, and which were cut at `max_length` (bool [B])."""
-    encoded = tokenizer(
-        list(texts),
-        truncation=True,
-        max_length=max_length,
-        return_overflowing_tokens=True,
-        return_attention_mask=False,
-    )
-    # A text that is too long comes back as several pieces; its first is the text, cut.
-    _, first_B, pieces_B = np.unique(
-        encoded["overflow_to_sample_mapping"], return_index=True, return_counts=True
-    )
-    return Packed.from_sequences([encoded["input_ids"][i] for i in first_B]), pieces_B > 1
-
-
-def load_text_table(dir: str, tokenizer: PreTrainedTokenizerBase, max_length: int) -> TextTable:
-    """The texts of the corpus in `dir`, tokenised once, as every rank holds them.
-
-    max_length: most tokens of a text; full texts that are longer are cut, counted and logged.
-    """
-    texts = read_texts(dir)
-    # Many texts share a shortened variant: each distinct one is tokenised once.
-    row_of: dict[str, int] = {}
-    row_KV = np.array([[row_of.setdefault(v, len(row_of)) for v in variants] for variants in texts.variants])
-    packed, cut = tokenise_texts(list(row_of), tokenizer, max_length)
-    if n_cut := int(cut[row_KV[:, 0]].sum()):
-        log.warning("%d of %d texts are longer than %d tokens and are cut", n_cut, len(texts), max_length)
-    return TextTable(
-        packed=packed.select(torch.from_numpy(row_KV.ravel())),
-        text_id=texts.text_id,
-        term=texts.term_index,
-        variants=row_KV.shape[1],
-        related_CC=related_terms(texts),
     )

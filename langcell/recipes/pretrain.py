@@ -19,7 +19,8 @@ from langcell.cells.vocabulary import Vocabulary
 from langcell.config import Config, to_yaml
 from langcell.corpus.manifest import Manifest, library_versions
 from langcell.corpus.storage import open_root, read_file
-from langcell.corpus.texts import read_texts, tokenise_texts
+from langcell.corpus.text_table import tokenise_texts
+from langcell.corpus.texts import read_texts
 from langcell.errors import InputError
 from langcell.files import write_whole
 from langcell.inference.tables import TABLES, Table, plan_tables

@@ -31,7 +31,7 @@ from langcell.batch import MicroBatch, TextTable
 from langcell.corpus.options import CorpusOptions
 from langcell.corpus.plan import Plan
 from langcell.corpus.stream import Position, deal_window, micro_batch, stream
-from langcell.corpus.texts import load_text_table
+from langcell.corpus.text_table import load_text_table
 from langcell.model.interop import build_model, load_tokenizer
 from langcell.model.langcell import LangCell
 from langcell.model.options import ModelOptions

@@ -1,20 +1,10 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
 
 from langcell.corpus.schema import SPLITS
 from langcell.corpus.storage import open_root, write_file
-from langcell.corpus.texts import (
-    NAME,
-    describe_obs,
-    load_text_table,
-    read_texts,
-    related_terms,
-    text_columns,
-    tokenise_texts,
-    write_texts,
-)
+from langcell.corpus.texts import NAME, describe_obs, read_texts, text_columns, write_texts
 from langcell.errors import InputError
 from langcell.text.describe import describe
 from langcell.text.ontology import Ontology
@@ -34,6 +24,15 @@ ROWS = [
 ]
 
 
+def obs_of(cells: np.ndarray) -> pa.Table:
+    """obs of cells that have these rows of ROWS."""
+    columns = {}
+    for i, facet in enumerate(OPTIONS.facets):
+        for j, name in enumerate((facet, f"{facet}_ontology_term_id")):
+            columns[name] = pa.array([ROWS[r][i][j] for r in cells], pa.string()).dictionary_encode()
+    return pa.table(columns)
+
+
 @pytest.fixture(scope="module")
 def ontology() -> Ontology:
     return Ontology.packaged()
@@ -47,18 +46,7 @@ def cells() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def obs(cells: np.ndarray) -> pa.Table:
-    columns = {}
-    for i, facet in enumerate(OPTIONS.facets):
-        for j, name in enumerate((facet, f"{facet}_ontology_term_id")):
-            columns[name] = pa.array([ROWS[r][i][j] for r in cells], pa.string()).dictionary_encode()
-    return pa.table(columns)
-
-
-@pytest.fixture(scope="module")
-def tokenizer():
-    from langcell.model.interop import load_tokenizer
-
-    return load_tokenizer("minilm")
+    return obs_of(cells)
 
 
 def test_every_cell_has_the_text_of_its_own_row(obs, cells, ontology):
@@ -104,48 +92,3 @@ def test_the_table_reads_back_with_the_cells_of_each_split(obs, cells, ontology,
     assert back.facet_ids["tissue"][back.term.index(CD4)] == "UBERON:0002106"
     with pytest.raises(InputError, match=r"has no texts\.parquet"):
         read_texts(str(tmp_path / "elsewhere"))
-
-
-def test_related_terms_are_ancestors_either_way(obs, ontology):
-    texts, _, _ = describe_obs(obs, ontology, OPTIONS)
-    related_CC = related_terms(texts)
-    for i, a in enumerate(texts.terms):
-        for j, b in enumerate(texts.terms):
-            expected = a != b and (a in ontology.ancestors(b) or b in ontology.ancestors(a))
-            assert related_CC[i, j] == expected, (a, b)
-    assert related_CC[texts.terms.index(T), texts.terms.index(CD4)]
-    assert related_CC.sum() == 2
-
-
-def test_loaded_rows_are_the_tokens_of_each_variant(obs, cells, ontology, tokenizer, tmp_path, caplog):
-    texts, text_of_cell, _ = describe_obs(obs, ontology, OPTIONS)
-    write_file(open_root(str(tmp_path)), NAME, write_texts(texts))
-    for max_length in (512, 24):
-        caplog.clear()
-        table = load_text_table(str(tmp_path), tokenizer, max_length)
-        assert table.variants == 3
-        assert len(table.packed) == 3 * len(texts)
-        assert (table.term == texts.term_index).all()
-        assert torch.equal(table.related_CC, related_terms(texts))
-        row_B = table.index(texts.text_id[text_of_cell]) * table.variants
-        for variant in range(table.variants):
-            packed = table.packed.select(torch.from_numpy(row_B[:20] + variant))
-            for k in range(20):
-                expected = tokenizer(
-                    texts.variants[text_of_cell[k]][variant], truncation=True, max_length=max_length
-                )["input_ids"]
-                start, end = packed.cu_seqlens_B1[k : k + 2].tolist()
-                assert packed.tokens_T[start:end].tolist() == expected
-        n_cut = sum(len(tokenizer(v[0], verbose=False)["input_ids"]) > max_length for v in texts.variants)
-        assert n_cut == (0 if max_length == 512 else 4)  # the text without a definition is short
-        assert (f"{n_cut} of 5 texts are longer than {max_length} tokens" in caplog.text) == (n_cut > 0)
-
-
-def test_cut_texts_keep_their_special_tokens_and_are_marked(tokenizer):
-    texts = ["a cell", "lymphocyte " * 50, "a cell of the blood"]
-    packed, cut = tokenise_texts(texts, tokenizer, 10)
-    assert cut.tolist() == [False, True, False]
-    assert packed.lengths_B.tolist()[1] == 10
-    ends_B = packed.cu_seqlens_B1[1:].long() - 1
-    assert (packed.tokens_T[packed.starts_B] == tokenizer.cls_token_id).all()
-    assert (packed.tokens_T[ends_B] == tokenizer.sep_token_id).all()

@@ -1,4 +1,6 @@
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pyarrow.parquet as pq
@@ -65,3 +67,9 @@ def test_the_job_plans_on_its_flag(demo_uri, tmp_path, capsys, monkeypatch):
     assert main(run, "Prepare.", demo, [*argv, "--census.expected_cells=701"], plan=plan) == 2
     assert "matches 700 cells, census.expected_cells says 701" in capsys.readouterr().err
     assert main(run, "Another job.", demo, argv) == 2  # one that cannot plan knows no such flag
+
+
+def test_preparing_loads_no_torch():
+    """It would cost every `--plan` 3 s."""
+    says = "import sys, langcell.recipes.prepare; print('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", says], capture_output=True, check=True).stdout == b"False\n"
