@@ -194,8 +194,6 @@ def _check_constant(name: str, value: str | bool | None, where: str) -> None:
 def _check_id(facet: str, term_id: str, where: str) -> None:
     """An id, or several joined by `||`, of the ontologies that the facet may hold."""
     prefixes = [prefix for ontology in ONTOLOGIES_OF[facet] for prefix in ONTOLOGIES[ontology]]
-    if facet == "development_stage":
-        prefixes.append("MmusDv")  # of mice; it has no definitions that we read, the label stands alone
     for one in term_id.split("||"):
         if not re.fullmatch(rf"({'|'.join(prefixes)}):\w+", one.strip()) and term_id != UNKNOWN:
             raise _wrong(where, f"{term_id!r} is no ontology id of {facet}, such as {prefixes[0]}:0000000")
