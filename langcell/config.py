@@ -11,9 +11,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -21,7 +22,7 @@ from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 from langcell.cells.options import BetaOptions, TokenOptions
 from langcell.census.options import CensusOptions
 from langcell.corpus.options import CorpusOptions
-from langcell.errors import InputError
+from langcell.errors import InputError, refuse_secrets
 from langcell.inference.options import EvalOptions
 from langcell.model.options import ModelOptions
 from langcell.objective.options import ObjectiveOptions
@@ -144,7 +145,13 @@ BOUNDS: dict[str, tuple[float, float]] = {
 
 
 def validate(config: Config) -> None:
-    """Check what a type cannot say. Raises InputError naming the key, its value and what it may be."""
+    """Check what a type cannot say. Raises InputError naming the key, its value and what it may be.
+
+    First what must not be printed: a URI with credentials, whose value no message repeats.
+    """
+    for option, text in _texts(dataclasses.asdict(config)):
+        if "://" in text:
+            refuse_secrets(option, text)
     for key, (least, greatest) in BOUNDS.items():
         room, name = key.split(".")
         value = getattr(getattr(config, room), name)
@@ -165,6 +172,18 @@ def validate(config: Config) -> None:
             "trains; several (accumulation with a contrastive batch that stays global) come later. Let the "
             "global batch be micro_batch x num_workers."
         )
+
+
+def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text among the options, in lists and dictionaries too, with the name of its option."""
+    if isinstance(value, str):
+        yield key, value
+    elif isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _texts(inner, f"{key}.{name}" if key else name)
+    elif isinstance(value, list):
+        for inner in value:
+            yield from _texts(inner, key)
 
 
 def to_yaml(config: Config) -> str:

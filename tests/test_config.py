@@ -43,6 +43,46 @@ def test_what_does_not_exist_is_refused(argument: str) -> None:
         parse("", CONFIGS / "demo.yaml", [argument])
 
 
+SECRET = "wJalrXUtnFEMI/K7MDENG"
+
+
+@pytest.mark.parametrize(
+    "argument",
+    [
+        f"--census.uri=s3://AKIA:{SECRET}@bucket/census",
+        f"--census.uri=s3://{SECRET}@bucket/census",
+        f"--corpus.dir=abfs://files@account.dfs.core.windows.net/corpus?client_secret={SECRET}",
+        f"--corpus.dir=s3://bucket/corpus?region=us-east-1&secret_key={SECRET}",
+        f"--corpus.dir=s3://bucket/corpus?endpoint_override=https://me:{SECRET}@host",
+        f"--beta.source=https://me:{SECRET}@host/medians.pkl",
+        f"--tokens.vocabulary=https://host/vocabulary.json?password={SECRET}",
+        f"--model.cell_init=HTTPS://{SECRET.replace('/', '')}@host/weights",
+        f"--text.ontologies=[cl.obo, https://host/efo.obo?X-Amz-Security-Token={SECRET}]",
+        f'--census.tiledb={{"vfs.s3.endpoint_override": "http://me:{SECRET}@host"}}',
+    ],
+)
+def test_credentials_in_a_uri_are_refused_and_not_repeated(argument: str, capsys) -> None:
+    option = argument.partition("=")[0].removeprefix("--")
+    with pytest.raises(InputError, match=rf"^{re.escape(option)}.*must hold no credentials") as refused:
+        parse("", CONFIGS / "demo.yaml", [argument])
+    assert "wJalr" not in str(refused.value) + "".join(capsys.readouterr())
+
+
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "gs://anonymous@bucket/corpus",
+        "abfs://container@account.dfs.core.windows.net/corpus",
+        "s3://bucket/corpus?region=us-east-1&endpoint_override=127.0.0.1:9000&scheme=http",
+        "https://host:8080/package@1.2/cl.obo?download=1",
+        "http://purl.obolibrary.org/obo/cl.owl",
+        "runs/a:b@c",
+    ],
+)
+def test_uris_without_credentials_pass(uri: str) -> None:
+    parse("", CONFIGS / "demo.yaml", [f"--corpus.dir={uri}", f"--text.ontologies=[{uri}]"])
+
+
 def test_several_lanes_a_worker_are_refused() -> None:
     with pytest.raises(InputError, match="One lane a worker"):
         parse("", CONFIGS / "demo.yaml", ["--train.micro_batch=4"])
