@@ -12,6 +12,7 @@ from typing import Any
 
 import yaml
 
+from langcell.census.opening import resolve
 from langcell.config import Config, to_yaml
 from langcell.corpus.manifest import differences
 from langcell.corpus.storage import absolute
@@ -19,23 +20,35 @@ from langcell.errors import InputError
 from langcell.files import write_whole
 
 CONFIG = "config.yaml"
-FREE = {"train": {"cpus_per_worker", "collective_timeout_s", "max_failures"}, "corpus": {"prefetch"}}
-"""Options that a run may be resumed with other values of: what it is given to run with."""
+FREE = {
+    "train": {"cpus_per_worker", "collective_timeout_s", "max_failures"},
+    "corpus": {"prefetch"},
+    "census": {"attempts", "tiledb", "dir", "bad_cells", "most_unreadable"},
+}
+"""Options that a run may be resumed with other values of: what it is given to run with, and how its cells are
+fetched. (A corpus that left cells out says so itself.)"""
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The same with every local path absolute: Ray Train's workers have working directories of their own.
+    """The same with every local path absolute: workers have working directories of their own, and a stored
+    config.yaml means the same from everywhere.
 
-    Raises InputError for a run directory that is a URI.
+    Raises InputError for a run directory that is a URI, and for secrets among the options.
     """
 
     def found(path: str) -> str:
         return str(Path(path).absolute()) if Path(path).exists() else path
 
+    def given(path: str | None) -> str | None:
+        return path and absolute(path)
+
     model = config.model
     return replace(
         config,
         run=replace(config.run, dir=_local(config.run.dir)),
+        census=resolve(config.census),
+        beta=replace(config.beta, source=given(config.beta.source)),
+        tokens=replace(config.tokens, vocabulary=given(config.tokens.vocabulary)),
         corpus=replace(config.corpus, dir=absolute(config.corpus.dir)),
         text=replace(config.text, ontologies=[found(path) for path in config.text.ontologies]),
         model=replace(

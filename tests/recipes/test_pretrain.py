@@ -122,6 +122,17 @@ def test_a_directory_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None
     assert again == config
 
 
+def test_a_run_is_resumed_with_other_means_of_reading(tmp_path: Path) -> None:
+    place = ["--run.dir", str(tmp_path / "run")]
+    store(with_absolute_paths(parse("", DEMO, place)))
+    means = ["--census.attempts=10", "--census.bad_cells=skip", f"--census.dir={tmp_path}"]
+    means += ['--census.tiledb={"vfs.s3.region": "eu-west-1"}', "--corpus.prefetch=9", "--eval.top_k=2"]
+    check_free(with_absolute_paths(parse("", DEMO, [*place, "--run.resume=true", *means])))
+    other = [*place, "--run.resume=true", "--census.filter=sex == 'female'"]
+    with pytest.raises(InputError, match=r"census\.filter: "):
+        check_free(with_absolute_paths(parse("", DEMO, other)))
+
+
 def test_relative_paths_reach_workers_as_absolute_ones(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -134,3 +145,31 @@ def test_relative_paths_reach_workers_as_absolute_ones(
     assert config.run.dir == str(tmp_path / "r")
     with pytest.raises(InputError, match="is a URI"):
         with_absolute_paths(parse("", DEMO, ["--run.dir", "s3://bucket/run"]))
+
+
+def test_a_stored_configuration_means_the_same_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    places = {
+        "run.dir": "r",
+        "corpus.dir": "c",
+        "census.uri": "files",
+        "census.obs_map": "map.yaml",
+        "census.symbols": "symbols.tsv",
+        "census.dir": "mini",
+        "beta.source": "medians.pkl",
+        "tokens.vocabulary": "vocabulary.json",
+    }
+    config = with_absolute_paths(parse("", DEMO, [f"--{name}={path}" for name, path in places.items()]))
+    for name, path in places.items():
+        room, key = name.split(".")
+        assert getattr(getattr(config, room), key) == str(tmp_path / path)
+    store(config)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert with_absolute_paths(parse("", DEMO, ["--config", str(tmp_path / "r" / "config.yaml")])) == config
+    uris = ["--beta.source=s3://bucket/medians.parquet", "--census.uri=s3://bucket/census"]
+    remote = with_absolute_paths(parse("", DEMO, uris))
+    assert (remote.beta.source, remote.census.uri) == ("s3://bucket/medians.parquet", "s3://bucket/census")
+    assert with_absolute_paths(parse("", DEMO, [])).census.uri == "demo"
