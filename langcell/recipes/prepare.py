@@ -12,7 +12,7 @@ from langcell.corpus.draft import draft, place_order
 from langcell.corpus.forecast import forecast
 from langcell.corpus.manifest import Manifest
 from langcell.corpus.prepare import prepare
-from langcell.corpus.storage import open_root, write_file
+from langcell.corpus.storage import open_root, sizes, write_file
 from langcell.recipes.session import connect
 from langcell.text.describe import coverage_lines
 
@@ -20,7 +20,8 @@ SUMMARY = "summary.json"
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Join Ray and prepare the corpus of `config`; its summary, which also stands in summary.json there.
+    """Join Ray and prepare the corpus of `config`; its summary. The one of the run that made the corpus, with
+    what it took, stands in summary.json there.
 
     Raises InputError for what the user can mend.
     """
@@ -45,7 +46,7 @@ def prepare_corpus(config: Config) -> dict[str, Any]:
     """`run` in a process that is connected to Ray."""
     prepared = prepare(*_asked(config))
     summary = dataclasses.asdict(prepared)
-    write_file(open_root(prepared.dir), SUMMARY, json.dumps(summary, indent=1).encode())
+    _keep(summary, prepared.dir, made_here=prepared.skipped < prepared.slices)
     print(coverage_lines(Manifest.read(prepared.dir).coverage))
     splits = ", ".join(f"{name} {cells:,}" for name, cells in prepared.splits.items())
     left_out = ", ".join(f"{n:,} {fault}" for fault, n in prepared.left_out.items())
@@ -57,6 +58,17 @@ def prepare_corpus(config: Config) -> dict[str, Any]:
         flush=True,
     )
     return summary
+
+
+def _keep(summary: dict[str, Any], dir: str, *, made_here: bool) -> None:
+    """Write summary.json, unless it tells of another run that made the corpus. Without it the corpus is whole
+    all the same, so storage that may only be read is told and not an error."""
+    root = open_root(dir)
+    try:
+        if made_here or sizes(root, [SUMMARY]) == [None]:
+            write_file(root, SUMMARY, json.dumps(summary, indent=1).encode())
+    except OSError as error:
+        print(f"corpus   {SUMMARY} cannot be written to {dir}: {error}")
 
 
 def _asked(config: Config) -> tuple[Any, ...]:

@@ -11,6 +11,7 @@ from langcell.corpus.manifest import Manifest
 from langcell.recipes import prepare as prepare_module
 from langcell.recipes.entry import main
 from langcell.recipes.prepare import plan, run
+from tests.s3server import ENVIRONMENT, Fault, s3_server
 
 
 def test_the_summary_stands_beside_the_corpus_and_tells_of_it(ray_session, demo_uri, tmp_path, capsys):
@@ -28,6 +29,31 @@ def test_the_summary_stands_beside_the_corpus_and_tells_of_it(ray_session, demo_
     assert (summary["genes"], summary["texts"]) == (manifest.counts["genes"], manifest.counts["texts"])
     assert f"corpus   {tmp_path}/corpus" in capsys.readouterr().out
     assert run(config)["skipped"] == 1
+    assert json.loads((tmp_path / "corpus/summary.json").read_text()) == summary  # what making it took
+    (tmp_path / "corpus/summary.json").unlink()
+    again = run(config)
+    assert json.loads((tmp_path / "corpus/summary.json").read_text()) == again
+
+
+def test_a_corpus_in_a_bucket_that_may_only_be_read_is_used(
+    ray_session, demo_uri, tmp_path, capsys, monkeypatch
+):
+    config = Config()
+    config.census.uri = demo_uri
+    config.corpus.dir = str(tmp_path / "corpus")
+    made = run(config)
+    (tmp_path / "corpus/summary.json").unlink()
+    for name, value in ENVIRONMENT.items():
+        monkeypatch.setenv(name, value)
+    with s3_server() as server:
+        server.client.create_bucket(Bucket="corpora")
+        server.upload(tmp_path / "corpus", "corpora", "demo")
+        config.corpus.dir = server.uri("corpora/demo")
+        with server.fault(Fault(methods=("PUT", "POST", "DELETE"), status=403)):
+            assert run(config)["corpus_hash"] == made["corpus_hash"]
+    said = capsys.readouterr().out
+    assert "summary.json cannot be written" in said
+    assert "700 cells" in said
 
 
 def test_a_plan_counts_what_prepare_will_and_touches_nothing(demo_uri, tmp_path, capsys, ray_session):
