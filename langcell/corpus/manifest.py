@@ -119,7 +119,10 @@ class Manifest:
 
     def _check_files(self, root: fs.FileSystem, dir: str) -> None:
         files = [*self.files, *self.blocks]
-        found = sizes(root, [file.file for file in files])
+        try:
+            found = sizes(root, [file.file for file in files])
+        except OSError as error:  # storage that gives files may still refuse to list them
+            raise InputError(f"corpus.dir: {dir} cannot be listed: {error}") from error
         broken = [
             f"{file.file} ({'missing' if size is None else f'{size} bytes instead of {file.bytes}'})"
             for file, size in zip(files, found, strict=True)

@@ -12,7 +12,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import posixpath
 import uuid
+from collections import Counter
 from typing import Any
 
 import pyarrow as pa
@@ -56,8 +58,18 @@ def read_file(root: fs.FileSystem, name: str) -> bytes:
 
 
 def sizes(root: fs.FileSystem, names: list[str]) -> list[int | None]:
-    """Bytes of each file, None for one that does not exist."""
-    return [info.size if info.type == fs.FileType.File else None for info in root.get_file_info(names)]
+    """Bytes of each file, None for one that does not exist.
+
+    Of several in one folder the folder is listed, a request for a thousand files on S3: a large corpus has
+    tens of thousands, each a request if it is asked for by name.
+    """
+    in_folder = Counter(map(posixpath.dirname, names))
+    found = root.get_file_info([name for name in names if in_folder[posixpath.dirname(name)] == 1])
+    for folder, n_names in in_folder.items():
+        if n_names > 1:
+            found += root.get_file_info(fs.FileSelector(folder, allow_not_found=True))
+    size_of = {info.path: info.size for info in found if info.type == fs.FileType.File}
+    return [size_of.get(name) for name in names]
 
 
 def digest(data: bytes | pa.Buffer) -> str:
