@@ -117,6 +117,7 @@ AT_LEAST_ONE = [
 ]
 SHARES = [
     "text.short_share",
+    "census.most_unreadable",
     "corpus.test_share",
     "corpus.val_share",
     "model.cell_dropout",

@@ -60,7 +60,7 @@ def token_pass(cells: Cells, encoder: Encoder, directory: str, cpus: int) -> Wor
         folder = next(folders)
         make_folders(folder)
         source = SliceSource(partial(counts_block, cells.reader, 1), parts, counts_bytes)
-        writer = BlockWriter(folder, CorpusOptions().row_group_cells, attempts=1)
+        writer = BlockWriter(folder, "benchmark", CorpusOptions().row_group_cells, attempts=1)
         reports = write_tokens(source, encoder, writer, ledger.add)
         return sum(block.tokens for report in reports for block in report.blocks)
 
@@ -91,7 +91,7 @@ def _start(cells: Cells, cpus: int) -> Ledger:
         logging_level=logging.WARNING,
     )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    return Ledger(open_source(cells.census), cells.census.bad_cells)
+    return Ledger(open_source(cells.census), cells.census.bad_cells, 0)
 
 
 def _watch(run: Callable[[], Any]) -> Work:

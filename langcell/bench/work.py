@@ -89,7 +89,7 @@ class RawRead:
 def token_road(cells: Cells, encoder: Encoder, directory: str) -> Work:
     """The token pass without Ray, into the folders of a corpus; `read`, `csr`, `tokens` and `write`."""
     make_folders(directory)
-    writer = BlockWriter(directory, CorpusOptions().row_group_cells, attempts=1)
+    writer = BlockWriter(directory, "benchmark", CorpusOptions().row_group_cells, attempts=1)
 
     def road(parts: list[Slice]) -> Stages:
         spent: Counter[str] = Counter()

@@ -1,7 +1,7 @@
 """What counts must be before anything is made of them, and what is wrong with a cell whose are not.
 
-Every pass asks the same question of the same counts, so a cell that is left out of the tokens had no part
-in beta either. One sweep over the CSR, no copy. A cell's total is its count
+Every pass asks the same question of the same counts, so a cell whose counts are none is in no sentence and
+had no part in beta either. One sweep over the CSR, no copy. A cell's total is its count
 over *all* genes measured (`raw_sum` of a Census), which may exceed the sum of its row: X may hold a part
 of the genes (the demo's 765 hold 11-28%). A total below the row's sum can not be one.
 """
@@ -30,7 +30,7 @@ class Fault(IntEnum):
     NO_TOKEN = 9
 
 
-NONE, NOT_FINITE, NEGATIVE, NOT_INTEGER, EMPTY, TOTAL = (int(fault) for fault in list(Fault)[:6])
+NONE, NOT_FINITE, NEGATIVE, NOT_INTEGER, EMPTY, TOTAL, MISFIT = (int(fault) for fault in list(Fault)[:7])
 REASONS = {
     Fault.NOT_FINITE: "a count is NaN or infinite",
     Fault.NEGATIVE: "a count is negative",
@@ -38,7 +38,8 @@ REASONS = {
     Fault.EMPTY: "no gene has a count",
     Fault.TOTAL: "its total (raw_sum, over all genes measured) is not a positive number or is below the sum "
     "of its counts",
-    Fault.MISFIT: "obs and X do not fit: X holds another number of its non-zeros than obs says",
+    Fault.MISFIT: "obs, var and X do not fit: X holds another number of its non-zeros than obs says, or a "
+    "gene of it twice",
     Fault.UNREADABLE: "its slice cannot be read",
     Fault.NO_GENE: "none of its genes has both a token and a median",
     Fault.NO_TOKEN: "its sentence holds what is no token of the vocabulary",
@@ -49,13 +50,13 @@ REASONS = {
 def find_faults(counts: sp.csr_matrix, totals: np.ndarray) -> np.ndarray:
     """The first `Fault` of each cell among those that its counts alone show (uint8 [cells]).
 
-    counts: float32 CSR [cells, genes]; totals: float64 [cells].
+    counts: float32 CSR [cells, genes], columns in ascending order within a row; totals: float64 [cells].
     """
-    return _find(counts.data, counts.indptr, np.ascontiguousarray(totals, np.float64))
+    return _find(counts.data, counts.indices, counts.indptr, np.ascontiguousarray(totals, np.float64))
 
 
 @nb.njit(cache=True, nogil=True)
-def _find(data, indptr, totals):  # type: ignore[no-untyped-def]
+def _find(data, indices, indptr, totals):  # type: ignore[no-untyped-def]
     fault = np.zeros(len(indptr) - 1, np.uint8)
     for cell in range(len(fault)):
         total = np.float64(0)
@@ -69,6 +70,8 @@ def _find(data, indptr, totals):  # type: ignore[no-untyped-def]
                 worst = NEGATIVE
             elif worst == NONE and x != np.floor(x):
                 worst = NOT_INTEGER
+            if worst == NONE and entry > indptr[cell] and indices[entry] == indices[entry - 1]:
+                worst = MISFIT
             total += x
         if worst == NONE and total == 0:
             worst = EMPTY

@@ -2,9 +2,9 @@
 
 The files, sorted by name, are one long table: a cell's soma_joinid is the number of cells in the files
 before its own, plus its row, whatever the filter keeps. Opening reads each file's obs and var and the row
-lengths of its matrix (of a dense one the counts), 3 us a cell, and hashes the file at 0.9 GB/s, since nothing
-else pins what a folder holds. No handle stays open; obs is read again when it is asked for, so that a folder
-costs 16 bytes a selected cell in between.
+lengths of its matrix (of a dense one the counts), 3 us a cell. Whoever prepares a corpus also hashes the
+files, at 0.9 GB/s, since nothing else pins what a folder holds. No handle stays open; obs is read again when
+it is asked for, so that a folder costs 16 bytes a selected cell in between.
 
 obs and var are read by anndata, which knows how its versions since 0.7 (2020) wrote tables; counts by
 `h5ad_matrix`, since a task wants rows of a slice and not a matrix. What names mean is said by `obs_words` and
@@ -20,6 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import h5py
@@ -80,9 +81,9 @@ class H5adFolder:
     name, by facet that it maps and label.
     """
 
-    def __init__(self, options: CensusOptions, release: dict[str, Any], files: list[_Opened]) -> None:
+    def __init__(self, options: CensusOptions, asked: dict[str, Any], files: list[_Opened]) -> None:
         self.options = options
-        self.release = release
+        self._asked = asked
         self._files = files
         self._columns = list(dict.fromkeys(name for file in files for name in file.columns))
         self._var = union({file.path: file.genes for file in files})
@@ -131,15 +132,14 @@ class H5adFolder:
             start = files[-1].stop if files else 0
             files.append(_look(path, start, obs_map.of(os.path.basename(path)), options, symbols, needed))
         obs_map.check_found({file.name: file.labels for file in files})
-        release = {
+        asked = {
             "uri": options.uri,
             "organism": options.organism,
             "filter": options.filter,
-            "files": {file.name: _digest_file(file.path) for file in files},
             "obs_map": obs_map.digest if options.obs_map else None,
             "symbols": _digest_symbols(symbols) if symbols is not None else None,
         }
-        folder = cls(options, release, files)
+        folder = cls(options, asked, files)
         folder._check_columns(needed)
         if not any(len(file.rows) for file in files):
             raise InputError(
@@ -147,6 +147,11 @@ class H5adFolder:
                 "Loosen it; labels and ontology ids are compared letter by letter."
             )
         return folder
+
+    @cached_property
+    def release(self) -> dict[str, Any]:
+        """Where the cells come from. Hashes every file: asked for by a job that prepares, not by a plan."""
+        return self._asked | {"files": {file.name: _digest_file(file.path) for file in self._files}}
 
     def obs(self, columns: Iterable[str]) -> pa.Table:
         """As `Source.obs`; raw_sum is NaN for the cells of files that do not state it."""

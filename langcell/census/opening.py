@@ -1,9 +1,9 @@
 """Opening a Census, by version, by URI or the embedded one, and saying what is wrong when it fails.
 
-TileDB's settings are measured on one core over a Census-shaped X of 85.6M non-zeros: buffers of 4 MiB
-and a budget of 256 MiB instead of the 1 GiB default read 31k instead of 14k cells/s at a lower peak,
-about the rate of decompression alone. One thread for local files, since Ray runs a process per core;
-on S3 TileDB keeps its threads for I/O, which only wait.
+TileDB's settings are measured on one core over a Census-shaped X of 85M non-zeros: buffers of 4 MiB and a
+budget of 64 MiB instead of the 1 GiB defaults read twice the cells/s at a lower peak, about the rate of
+decompression alone; of a larger budget (256 MiB) more time goes into page faults than it saves. One thread
+for local files, since Ray runs a process per core; on S3 TileDB keeps its threads for I/O, which only wait.
 
 On S3 TileDB itself tries a request six times: with 100 ms doubling between them a SlowDown gets 3 s of
 waits, a server that hangs is left after 3 s, one that answers nothing but errors is given up after 21 s.
@@ -91,7 +91,7 @@ def _settings(options: CensusOptions) -> dict[str, str | int]:
     """TileDB's settings for the place that the options name."""
     settings: dict[str, str | int] = {
         "soma.init_buffer_bytes": 4 << 20,
-        "sm.mem.total_budget": 256 << 20,
+        "sm.mem.total_budget": 64 << 20,
         "sm.compute_concurrency_level": 1,
         "vfs.s3.connect_timeout_ms": 3000,
         "vfs.s3.request_timeout_ms": 3000,

@@ -24,6 +24,8 @@ class CensusOptions:
     """Table that maps gene symbols of .h5ad files to Ensembl ids: .tsv or .csv of two columns, or Geneformer's gene name dictionary (pickle, read by a restricted reader)."""
     bad_cells: Literal["error", "skip"] = "error"
     """What to do with cells whose counts are none (negative, no integer, ...) or that have no gene of the vocabulary: `error` ends the job and names them, `skip` leaves them out, counts and lists them."""
+    most_unreadable: float = 0.01
+    """Share of the cells that `bad_cells: skip` may leave out because their slices cannot be read (0 to 1); more is an outage, and ends the job, which can go on later."""
     slice_nnz: int = 12_000_000
     """Most non-zeros of one read slice (count); bounds the memory of a task (`--plan` says at how much)."""
     attempts: int = 5

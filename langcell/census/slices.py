@@ -37,6 +37,11 @@ class Slice:
     cells: pa.Table
     nnz: int
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        # On the driver the cells of all slices are views of one table; what travels is the slice's own.
+        own = self.cells.take(np.arange(len(self.cells)))
+        return Slice, (self.index, self.start, self.stop, own, self.nnz)
+
 
 @dataclass(frozen=True)
 class RawCells:
@@ -81,12 +86,12 @@ class SentenceReader(Protocol):
 
 
 class Source(Protocol):
-    """Cells that the options select.
+    """Cells that the options select."""
 
-    release: what the cells come from, for a manifest, JSON values; it pins their content.
-    """
-
-    release: dict[str, Any]
+    @property
+    def release(self) -> dict[str, Any]:
+        """What the cells come from, for a manifest, JSON values; it pins their content."""
+        ...
 
     @property
     def reader(self) -> Reader: ...
@@ -162,7 +167,7 @@ def make_slices(cells: pa.Table, max_nnz: int) -> list[Slice]:
             index,
             int(joinid[first]),
             int(joinid[last - 1]) + 1,
-            cells.take(np.arange(first, last)),  # a copy: a view would ship the whole table to a task
+            cells.slice(first, last - first),
             int(total[last] - total[first]),
         )
         for index, (first, last) in enumerate(pairwise(marks))

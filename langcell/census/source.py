@@ -10,6 +10,7 @@ from langcell.census.opening import resolve
 from langcell.census.options import CensusOptions
 from langcell.census.slices import Source
 from langcell.census.tokenised import TokenisedFolder
+from langcell.errors import InputError
 
 
 def open_source(options: CensusOptions) -> Source | TokenisedFolder:
@@ -17,13 +18,20 @@ def open_source(options: CensusOptions) -> Source | TokenisedFolder:
 
     A local folder with .h5ad files is a corpus of such files, one that Hugging Face `datasets` wrote (or
     that holds .parquet files) one of token sentences; everything else is a SOMA collection. Raises
-    InputError where there is none of them, and for a filter that matches no cell or another number of
-    cells than `census.expected_cells`.
+    InputError where there is none of them, for a filter that matches no cell, and for a map or table that
+    the kind of source has no use for.
     """
     options = resolve(options)
-    folder = Path(options.uri) if options.uri and "://" not in options.uri else None
+    local = options.uri is not None and options.uri != "demo" and "://" not in options.uri
+    folder = Path(options.uri) if local and options.uri else None
     if folder and any(folder.glob("*.h5ad")):
         return H5adFolder.open(options)
+    if options.symbols:
+        raise InputError(
+            "census.symbols: gene symbols are mapped for .h5ad files alone; this source has none."
+        )
     if folder and TokenisedFolder.stands_at(folder):
         return TokenisedFolder.open(options)
+    if options.obs_map:
+        raise InputError("census.obs_map: a Census speaks its own words; a map is for .h5ad and token files.")
     return Census.open(options)

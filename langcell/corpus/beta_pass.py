@@ -19,7 +19,6 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
 from tqdm import tqdm
 
 from langcell.cells.beta import (
@@ -36,10 +35,9 @@ from langcell.census.reading import JudgedCells, read_cells
 from langcell.census.slices import Reader, Slice
 from langcell.corpus.ledger import Ledger, SliceFaults
 from langcell.corpus.schema import TRAIN
+from langcell.corpus.tasks import plainly, task
 from langcell.errors import InputError
 
-RETRIES = 3
-"""Times that a task whose worker died is run again; Ray Data's own default is for ever."""
 RANGES = 16
 """Ranges of genes that are reduced apart."""
 FAN = 4
@@ -85,8 +83,8 @@ def train_beta(
     unreadable: set[int] = set()
     while True:
         counted, first = _reduce(histogram_of, train, ledger, "beta: histogram", shared)
-        bins = [_task(median_bins).remote(part, n_genes) for part in counted]
-        joined = _task(lambda *parts: join_bins(parts)).remote(*bins)
+        bins = [task(median_bins).remote(part, n_genes) for part in counted]
+        joined = task(lambda *parts: join_bins(parts)).remote(*bins)
         collected, second = _reduce(collect_of, train, ledger, "beta: medians", shared, joined)
         lost = [{faults.slice for faults in found if faults.unreadable} for found in (first, second)]
         unreadable |= lost[0] | lost[1]
@@ -99,10 +97,11 @@ def train_beta(
     ids, names = var["feature_id"].to_pylist(), var["feature_name"].to_pylist()
     about = about | {"cells": str(n_train - sum(len(faults.fault) for faults in second))}
     finished = [
-        _task(finish).remote(c, b, d, ids, names, about)
+        task(finish).remote(c, b, d, ids, names, about)
         for c, b, d in zip(counted, bins, collected, strict=True)
     ]
-    return TrainBeta(Beta.join([plainly(part) for part in finished]), sorted(unreadable))
+    with plainly():
+        return TrainBeta(Beta.join(ray.get(finished)), sorted(unreadable))
 
 
 def _train_part(part: Slice) -> Slice:
@@ -115,11 +114,6 @@ def _faults(part: Slice, cells: JudgedCells) -> SliceFaults:
     return SliceFaults.of(part.index, part.cells["soma_joinid"].to_numpy(), cells.fault, cells.reason)
 
 
-def _task(function: Callable[..., Any], num_returns: int = 1) -> Any:
-    """`function` as a Ray task that is run again, a bounded number of times, when its worker dies."""
-    return ray.remote(num_returns=num_returns, max_retries=RETRIES)(function)
-
-
 def merge_parts(*parts: Histogram) -> Histogram:
     """The sum of some partials."""
     return merge_histograms(parts)
@@ -130,7 +124,7 @@ class _Tree:
 
     def __init__(self) -> None:
         self._levels: list[list[ray.ObjectRef]] = [[]]
-        self._merge = _task(merge_parts)
+        self._merge = task(merge_parts)
 
     def add(self, partial: ray.ObjectRef, level: int = 0) -> None:
         if level == len(self._levels):
@@ -161,7 +155,7 @@ def _reduce(
     as objects in the store, and the faults that were found."""
 
     # Partials stay in the store; the last value of a task is small and tells of its end.
-    leaf = _task(of_slice, num_returns=RANGES + 1)
+    leaf = task(of_slice, num_returns=RANGES + 1)
     waiting, running = list(reversed(slices)), dict[ray.ObjectRef, list[ray.ObjectRef]]()
     trees = [_Tree() for _ in range(RANGES)]
     found: list[SliceFaults] = []
@@ -172,7 +166,8 @@ def _reduce(
                 *partials, end = leaf.remote(waiting.pop(), *shared)
                 running[end] = partials
             (end,), _ = ray.wait(list(running), num_returns=1)
-            faults = plainly(end)
+            with plainly():
+                faults = ray.get(end)
             if len(faults.fault):
                 ledger.add(faults)
                 found.append(faults)
@@ -180,22 +175,3 @@ def _reduce(
                 tree.add(partial)
             bar.update()
     return [tree.sum() for tree in trees], found
-
-
-def plainly(end: ray.ObjectRef) -> Any:
-    """What a task returned. Raises InputError for what the user can mend, without a worker's traceback."""
-    try:
-        return ray.get(end)
-    except RayTaskError as error:
-        if isinstance(error.cause, InputError):
-            raise InputError(str(error.cause)) from None
-        raise
-    except (WorkerCrashedError, OutOfMemoryError) as error:
-        raise InputError(DIED) from error
-
-
-DIED = (
-    f"a worker that read a slice died {RETRIES + 1} times. Most likely its node has too little memory: lower "
-    "--census.slice_nnz (--plan says how much memory a task takes), or use larger nodes. The same command "
-    "goes on with what is whole."
-)

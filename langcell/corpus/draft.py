@@ -12,7 +12,8 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -38,10 +39,7 @@ from langcell.text.options import TextOptions
 
 @dataclass(frozen=True)
 class Order:
-    """A corpus as it was asked for: the options with their places resolved, what they name loaded.
-
-    recipe: all that the corpus is a function of and that is known before obs is read, JSON values.
-    """
+    """A corpus as it was asked for: the options with their places resolved, what they name loaded."""
 
     source: Source | TokenisedFolder
     census: CensusOptions
@@ -53,7 +51,38 @@ class Order:
     ontology: Ontology
     beta: Beta | None
     vocabulary: Vocabulary | None
-    recipe: dict[str, Any]
+
+    @cached_property
+    def recipe(self) -> dict[str, Any]:
+        """All that the corpus is a function of and that is known before obs is read, JSON values. (Made when
+        it is asked for: the release of a folder holds the digests of its files.)"""
+        census, corpus, text = self.census, self.corpus, self.text
+        return {
+            "census": self.source.release,
+            "corpus": {
+                "split_by": corpus.split_by,
+                "test_share": corpus.test_share,
+                "val_share": corpus.val_share,
+                "split_seed": corpus.split_seed,
+                "row_group_cells": corpus.row_group_cells,
+                "slice_nnz": census.slice_nnz,
+            },
+            "eval": {
+                "held_out_types": sorted(self.held_out_types),
+                "held_out_datasets": sorted(self.held_out_datasets),
+            },
+            "text": {
+                "facets": text.facets,
+                "define": text.define,
+                "short_variants": text.short_variants,
+                "ontologies": self.ontology.versions,
+            },
+            "beta": self.beta.hash if self.beta else "of the train split",
+            "tokens": {
+                "max_length": self.tokens.max_length,
+                "vocabulary": self.vocabulary.hash if self.vocabulary else "of the corpus",
+            },
+        }
 
     def made_with(self) -> tuple[Beta, Vocabulary]:
         """Medians and vocabulary of sentences that others made. Raises InputError unless both are given."""
@@ -90,32 +119,6 @@ def place_order(
     vocabulary = Vocabulary.load(tokens.vocabulary) if tokens.vocabulary else None
     source = open_source(census)
     try:
-        recipe = {
-            "census": source.release,
-            "corpus": {
-                "split_by": corpus.split_by,
-                "test_share": corpus.test_share,
-                "val_share": corpus.val_share,
-                "split_seed": corpus.split_seed,
-                "row_group_cells": corpus.row_group_cells,
-                "slice_nnz": census.slice_nnz,
-            },
-            "eval": {
-                "held_out_types": sorted(held_out_types),
-                "held_out_datasets": sorted(held_out_datasets),
-            },
-            "text": {
-                "facets": text.facets,
-                "define": text.define,
-                "short_variants": text.short_variants,
-                "ontologies": ontology.versions,
-            },
-            "beta": medians.hash if medians else "of the train split",
-            "tokens": {
-                "max_length": tokens.max_length,
-                "vocabulary": vocabulary.hash if vocabulary else "of the corpus",
-            },
-        }
         order = Order(
             source,
             census,
@@ -127,7 +130,6 @@ def place_order(
             ontology,
             medians,
             vocabulary,
-            recipe,
         )
         if isinstance(source, TokenisedFolder):
             order.made_with()
@@ -145,7 +147,8 @@ class Draft:
 
     var: genes in column order, none where the cells are sentences already; cells: soma_joinid, raw_sum,
     nnz, text_id, term and split of every cell; texts: the distinct ones, text_of_cell: the index of each
-    cell's (int64); coverage: what each facet resolved to; selection: digest of `cells`.
+    cell's (int64); coverage: what each facet resolved to; selection: digest of `cells`; lengths: how nnz is
+    known, by obs (`told`), from X (`measured`), or for a plan not at all (`assumed`).
     """
 
     var: pa.Table
@@ -155,6 +158,7 @@ class Draft:
     coverage: Coverage
     slices: list[Slice]
     selection: str
+    lengths: Literal["told", "measured", "assumed"]
 
     @property
     def duplicated(self) -> list[str]:
@@ -175,7 +179,9 @@ def draft(order: Order, *, plan_only: bool = False) -> Draft:
             f"census.filter {order.census.filter!r} matches {obs.num_rows:,} cells, census.expected_cells "
             f"says {expected:,}: another release or filter than the one that was pinned."
         )
+    lengths: Literal["told", "measured", "assumed"] = "told"
     if isinstance(order.source, Census) and obs["nnz"].null_count:
+        lengths = "assumed" if plan_only else "measured"
         obs = assume(obs) if plan_only else measure(order.source.reader, order.census.attempts, obs)
     var = NO_GENES if isinstance(order.source, TokenisedFolder) else order.source.var()
     texts, text_of_cell, coverage = describe_obs(obs, order.ontology, order.text)
@@ -207,6 +213,7 @@ def draft(order: Order, *, plan_only: bool = False) -> Draft:
         coverage,
         make_slices(cells, order.census.slice_nnz),
         _digest_cells(cells),
+        lengths,
     )
     if (twice := drafted.duplicated) and order.census.bad_cells == "error":
         raise InputError(

@@ -10,26 +10,31 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
+import pyarrow as pa
 
-from langcell.census.tokenised import TokenisedFolder
+from langcell.census.experiment import Census
+from langcell.census.h5ad import H5adFolder
+from langcell.census.slices import BAND
 from langcell.corpus.draft import Draft, Order
-from langcell.corpus.schema import SPLITS, TRAIN
+from langcell.corpus.schema import TRAIN
 from langcell.corpus.splits import count_splits
 
 TASK_MB, TASK_BYTES_A_NONZERO = 420, 38
 """Peak resident memory of a task: a worker with its libraries and TileDB's buffers (MB), and what grows
 with the slice (bytes a non-zero)."""
-BETA_NNZ_S, TOKEN_NNZ_S = 14e6, 20e6
-"""Non-zeros a second and core of one beta pass, and of the token pass."""
-X_BYTES, TOKEN_BYTES, CELL_BYTES = 1.6, 1.84, 12
-"""On storage: bytes of a non-zero in X/raw, of a token and of the other columns of a cell in a block."""
+READ_NNZ_S, BETA_NNZ_S, TOKEN_NNZ_S = 60e6, 30e6, 40e6
+"""Non-zeros a second and core: read, and what a beta pass and the token pass do with them beyond that."""
+X_BYTES, FILE_BYTES, TOKEN_BYTES, CELL_BYTES = 1.6, 8, 2.0, 12
+"""On storage: bytes of a non-zero in X/raw and, without compression, in other files; of a token and of the
+other columns of a cell in a block."""
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """cells, non-zeros (`nnz`) and texts; cells of each split; slices and their task's memory (MB);
-    passes over X; bytes read from X and written; CPU seconds."""
+    """lengths: as of `Draft`; cells, non-zeros (`nnz`) and texts; cells of each split; slices and their
+    task's memory (MB); passes over X; bytes read from X and written; CPU seconds."""
 
+    lengths: str
     cells: int
     nnz: int
     texts: int
@@ -47,7 +52,8 @@ class Forecast:
         wall = self.cpu_seconds / cpus
         return (
             f"cells      {self.cells:,} ({splits})\n"
-            f"non-zeros  {self.nnz:,} ({self.nnz / self.cells:,.0f} a cell)\n"
+            f"non-zeros  {self.nnz:,} ({self.nnz / self.cells:,.0f} a cell"
+            f"{', ASSUMED: obs does not tell, X is measured first' if self.lengths == 'assumed' else ''})\n"
             f"texts      {self.texts:,}\n"
             f"slices     {self.slices:,}, {self.passes} passes over X\n"
             f"memory     {self.task_mb:,} MB a task at most; one task a CPU\n"
@@ -66,23 +72,33 @@ def forecast(order: Order, drafted: Draft) -> Forecast:
     """What the rest of `prepare` takes, nothing being there yet."""
     cells, split = drafted.cells, drafted.cells["split"].to_numpy()
     nnz = cells["nnz"].to_numpy()
-    sentences = isinstance(order.source, TokenisedFolder)
     n_train = int(nnz[split == TRAIN].sum())
-    tokens = int(np.minimum(nnz + 1, order.tokens.max_length).sum())
-    beta_passes = 0 if sentences or order.beta else 2
-    x_bytes = 2 if sentences else X_BYTES
+    beta_passes = 2 if not order.beta and isinstance(order.source, Census | H5adFolder) else 0
+    measuring = int(drafted.lengths != "told")
+    read = (nnz.sum() * (1 + measuring) + n_train * beta_passes) * _bands_read(order, cells)
     return Forecast(
+        lengths=drafted.lengths,
         cells=len(cells),
         nnz=int(nnz.sum()),
         texts=len(drafted.texts),
-        splits={name: n for name, n in count_splits(split).items() if name in SPLITS},
+        splits=count_splits(split),
         slices=len(drafted.slices),
         task_mb=task_mb(max((part.nnz for part in drafted.slices), default=0)),
-        passes=1 + beta_passes,
-        bytes_read=round(x_bytes * (nnz.sum() + beta_passes * n_train)),
-        bytes_written=round(TOKEN_BYTES * tokens + CELL_BYTES * len(cells)),
-        cpu_seconds=round(nnz.sum() / TOKEN_NNZ_S + beta_passes * n_train / BETA_NNZ_S),
+        passes=1 + beta_passes + measuring,
+        bytes_read=round(read * (X_BYTES if isinstance(order.source, Census) else FILE_BYTES)),
+        bytes_written=round(
+            TOKEN_BYTES * np.minimum(nnz + 1, order.tokens.max_length).sum() + CELL_BYTES * len(cells)
+        ),
+        cpu_seconds=round(read / READ_NNZ_S + nnz.sum() / TOKEN_NNZ_S + beta_passes * n_train / BETA_NNZ_S),
     )
+
+
+def _bands_read(order: Order, cells: pa.Table) -> float:
+    """Cells that are read for each one wanted: a Census is read by whole bands (at least 1)."""
+    if not isinstance(order.source, Census):
+        return 1.0
+    bands = len(np.unique(cells["soma_joinid"].to_numpy() // BAND))
+    return max(1.0, bands * BAND / len(cells) - BAND / len(cells))
 
 
 def _size(n: float) -> str:

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from langcell.cells.faults import REASONS, Fault
+from langcell.corpus.storage import digest
 from langcell.errors import InputError
 
 NAME = "skipped.parquet"
@@ -52,25 +53,45 @@ class Names(Protocol):
 
 
 class Ledger:
-    """All faults of a corpus. policy: `census.bad_cells`."""
+    """All faults of a corpus. policy: `census.bad_cells`; most_unreadable: cells (count) of slices that
+    cannot be read which `skip` may leave out, since an outage of storage must not pass for a corpus."""
 
-    def __init__(self, source: Names, policy: str) -> None:
-        self._source, self._policy = source, policy
+    def __init__(self, source: Names, policy: str, most_unreadable: float) -> None:
+        self._source, self._policy, self._most_unreadable = source, policy, most_unreadable
         self._faults: dict[int, SliceFaults] = {}
 
     def add(self, faults: SliceFaults) -> None:
         """Note the faults of a slice (a second time they replace the first).
 
-        Raises InputError that names the cells, where the policy is `error` and there is a fault.
+        Raises InputError that names the cells, where the policy is `error` and there is a fault, or where
+        too many slices cannot be read.
         """
-        if len(faults.fault) and self._policy == "error":
+        if len(faults.fault) and self.strict:
             raise InputError(self._message(faults))
         self._faults[faults.slice] = faults
+        lost = sum(len(other.fault) for other in self._faults.values() if other.unreadable)
+        if lost > self._most_unreadable:
+            raise InputError(
+                f"{self._message(faults)}\n{lost:,} cells cannot be read, more than census.most_unreadable "
+                "allows: this looks like an outage. The same command goes on from here."
+            )
+
+    @property
+    def strict(self) -> bool:
+        """Whether any fault is refused."""
+        return self._policy == "error"
 
     @property
     def soma_joinid(self) -> np.ndarray:
         """The cells left out (int64, ascending)."""
         return np.sort(self._column("soma_joinid", np.int64))
+
+    @property
+    def digest(self) -> str:
+        """Of the cells left out and why: part of what a corpus is."""
+        joinid, fault = self._column("soma_joinid", np.int64), self._column("fault", np.uint8)
+        order = np.argsort(joinid)
+        return digest(joinid[order].tobytes() + fault[order].tobytes())
 
     @property
     def counts(self) -> dict[str, int]:

@@ -149,9 +149,12 @@ class Manifest:
         return [block for block in self.blocks if block.split == name]
 
 
-def corpus_hash(recipe: dict[str, Any], selection: str, beta_hash: str, vocabulary_hash: str) -> str:
-    """Hash of all that a block is a function of. selection: digest of the selected cells."""
-    return digest_json([FORMAT, recipe, selection, beta_hash, vocabulary_hash])
+def corpus_hash(
+    recipe: dict[str, Any], selection: str, left_out: str, beta_hash: str, vocabulary_hash: str
+) -> str:
+    """Hash of all that a corpus is a function of. selection, left_out: digests of the selected cells, and of
+    those among them that are in no block."""
+    return digest_json([FORMAT, recipe, selection, left_out, beta_hash, vocabulary_hash])
 
 
 def count_blocks(blocks: list[Block]) -> dict[str, dict[str, int]]:

@@ -13,12 +13,14 @@ from functools import partial
 import numpy as np
 import pyarrow as pa
 import ray.data
-from ray.data import DataContext
 
 from langcell.census.datasource import SliceSource
 from langcell.census.experiment import ExperimentReader
-from langcell.census.reading import patiently
+from langcell.census.opening import reason_of
+from langcell.census.reading import MAY_PASS, patiently
 from langcell.census.slices import BAND, Slice, make_slices
+from langcell.corpus.tasks import graph
+from langcell.errors import InputError
 
 CELLS_A_TASK = 16 * BAND
 ASSUMED_NNZ = 2_000
@@ -29,12 +31,11 @@ def measure(reader: ExperimentReader, attempts: int, obs: pa.Table) -> pa.Table:
     """`obs` with nnz and raw_sum as X has them. The process must be connected to Ray."""
     cells = obs.select(["soma_joinid"]).append_column("nnz", pa.array(np.ones(len(obs), np.int64)))
     slices = make_slices(cells, CELLS_A_TASK)
-    context = DataContext.get_current().copy()
-    context.op_resource_reservation_enabled = False
-    with DataContext.current(context):
+    block_of = partial(_measure_block, reader, attempts)
+    source = SliceSource(block_of, slices, lambda part: 24 * len(part.cells))
+    with graph() as retries:
         blocks = ray.data.read_datasource(
-            SliceSource(partial(_measure_block, reader, attempts), slices, lambda part: 24 * len(part.cells)),
-            override_num_blocks=len(slices),
+            source, override_num_blocks=len(slices), ray_remote_args=retries
         ).iter_batches(batch_size=None, batch_format="pyarrow")
         measured = pa.concat_tables(blocks).sort_by("soma_joinid")
     return _with(obs, measured["nnz"], measured["raw_sum"])
@@ -48,7 +49,14 @@ def assume(obs: pa.Table) -> pa.Table:
 
 def _measure_block(reader: ExperimentReader, attempts: int, part: Slice) -> pa.Table:
     joinid = part.cells["soma_joinid"].to_numpy()
-    nnz, raw_sum = patiently(attempts)(reader.measure, joinid)
+    try:
+        nnz, raw_sum = patiently(attempts)(reader.measure, joinid)
+    except MAY_PASS as error:
+        raise InputError(
+            f"census: the cells with soma_joinid {joinid[0]} to {joinid[-1]} cannot be measured: "
+            f"{reason_of(error)}. A fragment is damaged, or storage does not answer; no slice can be cut "
+            "without their lengths. Mend it, or leave them out by census.filter."
+        ) from error
     return pa.table({"soma_joinid": joinid, "nnz": nnz, "raw_sum": raw_sum})
 
 

@@ -28,6 +28,7 @@ from langcell.corpus import texts as text_table
 from langcell.corpus.draft import Draft, Order, draft, place_order
 from langcell.corpus.ledger import Ledger
 from langcell.corpus.manifest import (
+    FORMAT,
     Block,
     File,
     Manifest,
@@ -98,16 +99,22 @@ def prepare(
         if whole_already:
             manifest = Manifest.read(dir)
             refuse_other(manifest.recipe, order.recipe, dir)
+            if manifest.counts["left_out"] and census.bad_cells == "error":
+                raise InputError(
+                    f"corpus.dir: the corpus in {dir} was made with census.bad_cells skip and lacks "
+                    f"{manifest.counts['left_out']} cells (skipped.parquet). Say --census.bad_cells skip to "
+                    "use it, or mend the data and choose another --corpus.dir."
+                )
             _sweep(open_root(dir), manifest.blocks)  # a run that was killed at its very end did not
             return _summary(manifest, dir, started, skipped=manifest.counts["slices"])
         drafted = draft(order)
         root = open_root(dir)
         _begin(root, dir, order.recipe, drafted.selection)
-        ledger = Ledger(order.source, census.bad_cells)
+        ledger = Ledger(order.source, census.bad_cells, census.most_unreadable * drafted.cells.num_rows)
         road = take_road(order, drafted, root, ledger)
-        whole = _whole_slices(root, drafted.slices, ledger)
+        whole = _whole_slices(root, drafted.slices, road.made_with, ledger)
         todo = [part for part in drafted.slices if part.index not in whole.keys() | road.lost]
-        writer = BlockWriter(dir, order.corpus.row_group_cells, census.attempts)
+        writer = BlockWriter(dir, road.made_with, order.corpus.row_group_cells, census.attempts)
         source = SliceSource(road.block_of, todo, road.bytes_of)
         made = write_tokens(source, road.encode, writer, ledger.add)
         manifest = _manifest(order, drafted, road, [*whole.values(), *made], ledger, root)
@@ -118,7 +125,7 @@ def prepare(
 
 def _begin(root: fs.FileSystem, dir: str, recipe: dict[str, Any], selection: str) -> None:
     """Make the folders; refuse an interrupted corpus that is not this one."""
-    state = {"recipe": recipe, "cells": selection}
+    state = {"format": FORMAT, "recipe": recipe, "cells": selection}
     try:
         for folder in ("unfinished", *(f"blocks/{split}" for split in SPLITS)):
             root.create_dir(folder, recursive=True)
@@ -127,14 +134,25 @@ def _begin(root: fs.FileSystem, dir: str, recipe: dict[str, Any], selection: str
     except OSError as error:
         raise InputError(f"corpus.dir: {dir} cannot be written: {error}") from error
     there = json.loads(read_file(root, STATE))
+    if there.get("format") != FORMAT:
+        raise InputError(f"corpus.dir: {dir} holds an interrupted corpus of another version; delete it.")
     refuse_other({**there["recipe"], "cells": there["cells"]}, {**recipe, "cells": selection}, dir)
 
 
-def _whole_slices(root: fs.FileSystem, slices: list[Slice], ledger: Ledger) -> dict[int, SliceReport]:
-    """Reports of the slices that an interrupted run finished, by index; their faults go to the ledger."""
+def _whole_slices(
+    root: fs.FileSystem, slices: list[Slice], made_with: str, ledger: Ledger
+) -> dict[int, SliceReport]:
+    """Reports of the slices that an interrupted run finished, by index; their faults go to the ledger.
+
+    Not whole is a slice that was made with other medians (those of a run that had to leave slices out), and
+    where faults are refused, one that had a fault: the data may have been mended since.
+    """
     names = [report_name(part.index) for part in slices]
     found = [name for name, size in zip(names, sizes(root, names), strict=True) if size]
     reports = [SliceReport.from_json(read_file(root, name)) for name in found]
+    reports = [report for report in reports if report.made_with == made_with]
+    if ledger.strict:
+        reports = [report for report in reports if not len(report.faults.fault)]
     for report in reports:
         ledger.add(report.faults)
     return {report.slice: report for report in reports}
@@ -157,9 +175,14 @@ def _manifest(
             f"{counts['cells']} cells in blocks and {(~kept).sum()} left out, but {len(kept)} in obs"
         )
     if not counts["cells"]["train"]:
-        raise InputError("No train cell has a gene of the vocabulary; give another tokens.vocabulary.")
+        raise InputError(
+            f"No train cell is left ({ledger.counts} are left out): mend the data, or give another "
+            "tokens.vocabulary."
+        )
     return Manifest(
-        hash=corpus_hash(order.recipe, drafted.selection, road.beta.hash, road.vocabulary.hash),
+        hash=corpus_hash(
+            order.recipe, drafted.selection, ledger.digest, road.beta.hash, road.vocabulary.hash
+        ),
         recipe=order.recipe,
         recipe_hash=digest_json(order.recipe),
         beta_hash=road.beta.hash,

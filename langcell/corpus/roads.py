@@ -23,7 +23,7 @@ from langcell.census.tokenised import TokenisedFolder
 from langcell.corpus.beta_pass import train_beta
 from langcell.corpus.draft import Draft, Order
 from langcell.corpus.ledger import Ledger, SliceFaults
-from langcell.corpus.storage import sizes
+from langcell.corpus.storage import digest_json, sizes
 from langcell.corpus.token_pass import Encode, Encoder
 from langcell.errors import InputError
 
@@ -46,6 +46,11 @@ class Road:
     bytes_of: Callable[[Slice], int]
     encode: Encode
     lost: set[int] = field(default_factory=set)
+
+    @property
+    def made_with(self) -> str:
+        """Digest of what, beside the slice, a sentence is made with."""
+        return digest_json([self.beta.hash, self.vocabulary.hash])
 
 
 def take_road(order: Order, drafted: Draft, root: fs.FileSystem, ledger: Ledger) -> Road:
@@ -94,7 +99,10 @@ def _own_beta(
 ) -> tuple[Beta, set[int]]:
     """The medians of the train split, kept so that an interrupted run need not read X for them again, and
     the slices that cannot be read."""
-    if sizes(root, [OWN_BETA]) == [None]:
+    stands = sizes(root, [OWN_BETA]) != [None]
+    if stands and ledger.strict and _LOST in Beta.read(OWN_BETA, root).metadata:
+        stands = False  # made under another policy, without slices that may be mended by now
+    if not stands:
         about = {key: str(value) for key, value in source.release.items() if key != "files"}
         trained = train_beta(source.reader, order.census.attempts, drafted.var, drafted.slices, ledger, about)
         lost = {_LOST: " ".join(map(str, trained.unreadable))} if trained.unreadable else {}

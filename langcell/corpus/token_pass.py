@@ -1,9 +1,7 @@
 """Slices to token blocks, a Ray Data graph: read, rank-encode, write, fused into one task a slice.
 
-Rows out are small reports. Its settings are measured: the default reservation of resources would leave
-half of the CPUs idle (9.7k against 18.6k rows/s), and an unbounded block keeps a slice in one piece, for a
-piece of a slice would be written over the other. A slice that always kills its worker is given up after
-`RETRIES`, by default it would be retried for ever; what storage raises is retried in `census.reading`.
+Rows out are small reports. A block stays in one piece (`tasks`), for a piece of a slice would be written
+over the other.
 
 A finished slice leaves a report beside the blocks until the corpus is whole: a run that was killed goes on
 with the slices that have none. A report is written after its blocks, each whole or absent; what a worker
@@ -14,7 +12,6 @@ from __future__ import annotations
 
 import functools
 import json
-import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -24,21 +21,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 from pyarrow import fs
-from ray.data import DataContext
-from ray.exceptions import OutOfMemoryError, RayTaskError, WorkerCrashedError
-from ray.util.annotations import RayDeprecationWarning
 from tqdm import tqdm
 
 from langcell.cells.faults import Fault
 from langcell.cells.rank import rank_encode
 from langcell.census.datasource import SliceSource
 from langcell.census.reading import counts_of, patiently
-from langcell.corpus.beta_pass import DIED, RETRIES
 from langcell.corpus.ledger import SliceFaults
 from langcell.corpus.manifest import Block
 from langcell.corpus.schema import BLOCK_ENCODING, BLOCK_SCHEMA, SPLITS, block_name
 from langcell.corpus.storage import digest, open_root, write_file
-from langcell.errors import InputError
+from langcell.corpus.tasks import graph
 
 
 @dataclass(frozen=True)
@@ -75,10 +68,12 @@ class Encoder:
 
 @dataclass(frozen=True)
 class BlockWriter:
-    """Where sentences go. dir: the corpus; row_group_cells: cells of a row group; attempts: times that a
-    write is tried, on storage that fails now and then."""
+    """Where sentences go. dir: the corpus; made_with: digest of the medians and the vocabulary;
+    row_group_cells: cells of a row group; attempts: times that a write is tried, on storage that fails now
+    and then."""
 
     dir: str
+    made_with: str
     row_group_cells: int
     attempts: int
 
@@ -105,7 +100,7 @@ class BlockWriter:
                 chosen = cells if rows.all() else cells.filter(pa.array(rows))
                 blocks.append(self._write(root, chosen, name, index))
         faults = SliceFaults.of(index, table["soma_joinid"].to_numpy(), fault, table["reason"][0].as_py())
-        report = SliceReport(index, blocks, faults)
+        report = SliceReport(index, self.made_with, blocks, faults)
         if not faults.unreadable:  # else another run shall try again
             write_file(root, report_name(index), report.to_json().encode())
         return report
@@ -130,22 +125,30 @@ class BlockWriter:
 
 @dataclass(frozen=True)
 class SliceReport:
-    """What came of a slice: its files, and the cells that are in none of them."""
+    """What came of a slice: its files, and the cells that are in none of them. made_with: of which medians
+    and vocabulary."""
 
     slice: int
+    made_with: str
     blocks: list[Block]
     faults: SliceFaults
 
     def to_json(self) -> str:
-        faults = [self.faults.soma_joinid.tolist(), self.faults.fault.tolist(), self.faults.reason]
-        return json.dumps({"slice": self.slice, "blocks": [asdict(b) for b in self.blocks], "faults": faults})
+        return json.dumps(
+            {
+                "slice": self.slice,
+                "made_with": self.made_with,
+                "blocks": [asdict(block) for block in self.blocks],
+                "faults": [self.faults.soma_joinid.tolist(), self.faults.fault.tolist(), self.faults.reason],
+            }
+        )
 
     @classmethod
     def from_json(cls, text: str | bytes) -> SliceReport:
         content = json.loads(text)
         joinid, fault, reason = content["faults"]
         faults = SliceFaults(content["slice"], np.array(joinid, np.int64), np.array(fault, np.uint8), reason)
-        return cls(content["slice"], [Block(**b) for b in content["blocks"]], faults)
+        return cls(content["slice"], content["made_with"], [Block(**b) for b in content["blocks"]], faults)
 
 
 def report_name(slice_index: int) -> str:
@@ -167,37 +170,21 @@ def write_tokens(
     if not source.slices:
         return []
     cells_of_slice = {part.index: len(part.cells) for part in source.slices}
-    context = DataContext.get_current().copy()
-    context.op_resource_reservation_enabled = False
-    context.target_max_block_size = None
-    context.enable_progress_bars = False
-    context.print_on_execution_start = False
     reports = []
-    with DataContext.current(context), warnings.catch_warnings():
-        # Ray 2.60 has no other place for max_retries that leaves the two operators fused.
-        warnings.simplefilter("ignore", RayDeprecationWarning)
+    with graph() as retries:
         rows = (
-            ray.data.read_datasource(
-                source, override_num_blocks=len(source.slices), ray_remote_args={"max_retries": RETRIES}
-            )
+            ray.data.read_datasource(source, override_num_blocks=len(source.slices), ray_remote_args=retries)
             .map_batches(
                 functools.partial(encode_block, encode=encode, writer=writer, cells_of_slice=cells_of_slice),
                 batch_format="pyarrow",
                 batch_size=None,
-                max_retries=RETRIES,
+                **retries,
             )
             .iter_rows()
         )
-        try:
-            for row in tqdm(rows, total=len(source.slices), desc="tokens", unit="slice"):
-                reports.append(SliceReport.from_json(row["report"]))
-                note(reports[-1].faults)
-        except RayTaskError as error:
-            if isinstance(error.cause, InputError):
-                raise InputError(str(error.cause)) from None
-            raise
-        except (WorkerCrashedError, OutOfMemoryError) as error:
-            raise InputError(DIED) from error
+        for row in tqdm(rows, total=len(source.slices), desc="tokens", unit="slice"):
+            reports.append(SliceReport.from_json(row["report"]))
+            note(reports[-1].faults)
     return reports
 
 

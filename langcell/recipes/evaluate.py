@@ -1,26 +1,39 @@
-"""The five zero-shot tables of a model, from the cells that a corpus kept aside."""
+"""The five zero-shot tables of a model, from the cells that a corpus kept aside.
+
+The model judges sentences of the corpus; only the supervised baseline goes back to the source for counts, on
+storage that may have failed since, with a training behind it that took days. So it reads as the passes over
+X do, in tasks that are tried again, and is left out where that does not help.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+import ray
 import scipy.sparse as sp
 
 from langcell.batch import Packed
+from langcell.cells.faults import Fault
+from langcell.census.experiment import Census
+from langcell.census.options import CensusOptions
+from langcell.census.reading import read_cells
 from langcell.census.slices import Source, make_slices
 from langcell.census.source import open_source
 from langcell.census.tokenised import TokenisedFolder
 from langcell.config import Config
 from langcell.corpus.blocks import sample_cells
 from langcell.corpus.manifest import Manifest
+from langcell.corpus.measuring import measure
 from langcell.corpus.schema import SPLITS, TRAIN
+from langcell.corpus.tasks import plainly, task
 from langcell.corpus.texts import read_texts
+from langcell.errors import InputError
 from langcell.inference.baseline import log_features, logistic_regression
 from langcell.inference.embed import embed_cells, embed_texts
 from langcell.inference.figures import JointSpace
@@ -32,7 +45,9 @@ from langcell.text.describe import candidate
 from langcell.text.ontology import Ontology
 from langcell.text.options import TextOptions
 
-Counts = tuple[sp.csr_matrix, np.ndarray]
+TASK_NNZ = 250_000
+"""Most non-zeros of a task that reads counts of a sample: some 150 cells, which stand in as many bands of a
+large Census, 66 ms each."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +117,10 @@ class ContrastOnly:
 
 
 def evaluate(config: Config, model: LangCell, tau: float, aside: Aside) -> dict[str, Table]:
-    """The five tables with both scores, `seen` beside logistic regression on the same cells' counts."""
+    """The five tables with both scores, `seen` beside logistic regression on the same cells' counts.
+
+    The process must be connected to Ray.
+    """
     tables = zero_shot_tables(
         model,
         load_tokenizer(config.model.text_init),
@@ -117,27 +135,65 @@ def evaluate(config: Config, model: LangCell, tau: float, aside: Aside) -> dict[
     if seen.empty:
         return tables
     known = aside.train.filter(pc.not_equal(aside.train["term"], ""))
-    with closing(open_source(config.census)) as source:
-        if isinstance(source, TokenisedFolder):  # of sentences alone the counts are not known
-            return tables
-        read = partial(read_counts, source, source.obs([]), config.census.slice_nnz)
-        baseline = logistic_regression(
-            log_features(*read(known["soma_joinid"].to_numpy())),
-            known["term"].to_pylist(),
-            log_features(*read(aside.soma_joinid_N[seen.rows])),
-            seen.types,
-            config.train.seed,
-        )
+    baseline = supervised(
+        config.census, known, aside.soma_joinid_N[seen.rows], seen.types, seed=config.train.seed
+    )
     return {**tables, "seen": replace(seen, baseline=baseline)}
 
 
-def read_counts(source: Source, obs: pa.Table, slice_nnz: int, soma_joinid_N: np.ndarray) -> Counts:
-    """Counts [N, genes] and totals [N] of cells by joinid, in the order given. obs: of the whole source."""
+def supervised(
+    census: CensusOptions, train: pa.Table, soma_joinid_N: np.ndarray, types: Sequence[str], *, seed: int
+) -> dict[str, float] | None:
+    """Measures of logistic regression on the counts of the cells `soma_joinid_N`, whose types are `types`.
+
+    train: cells to learn from, soma_joinid and term. Cells whose counts are none are left out of both. None
+    where there are no counts (a source of sentences), and, with a printed line, where they cannot be read
+    any more: a comparison shall not cost a finished training.
+    """
+    joinid = np.concatenate([train["soma_joinid"].to_numpy(), soma_joinid_N])
+    try:
+        with closing(open_source(census)) as source:
+            if isinstance(source, TokenisedFolder):
+                return None
+            counts, totals, sound = read_counts(source, census, joinid)
+    except InputError as error:
+        print(f"no logistic regression beside `seen`: {error}", flush=True)
+        return None
+    features = log_features(counts, totals)
+    learnt, asked = sound[: len(train)], sound[len(train) :]
+    n = int(learnt.sum())
+    return logistic_regression(
+        features[:n],
+        np.asarray(train["term"].to_pylist())[learnt].tolist(),
+        features[n:],
+        np.asarray(types)[asked].tolist(),
+        seed,
+    )
+
+
+def read_counts(
+    source: Source, census: CensusOptions, soma_joinid_N: np.ndarray
+) -> tuple[sp.csr_matrix, np.ndarray, np.ndarray]:
+    """Counts [M, genes] and totals [M] of those of the cells that are sound, in the order given, and which
+    these are (bool [N]). The process must be connected to Ray.
+
+    Raises InputError where a slice cannot be read, or a task's worker died again and again.
+    """
+    obs = source.obs([])
     wanted = obs.filter(pc.is_in(obs["soma_joinid"], pa.array(soma_joinid_N)))
-    read = [source.reader(part) for part in make_slices(wanted, slice_nnz)]
-    order_N = np.searchsorted(wanted["soma_joinid"].to_numpy(), soma_joinid_N)
-    counts = sp.vstack([raw.counts for raw in read], format="csr")
-    return counts[order_N], np.concatenate([raw.totals for raw in read])[order_N]
+    if isinstance(source, Census) and wanted["nnz"].null_count:
+        wanted = measure(source.reader, census.attempts, wanted)
+    reader, reading = ray.put(source.reader), task(read_cells)
+    slices = make_slices(wanted, min(census.slice_nnz, TASK_NNZ))
+    with plainly():
+        read = ray.get([reading.remote(reader, part, census.attempts) for part in slices])
+    if reasons := [cells.reason for cells in read if cells.reason]:
+        raise InputError(f"census: {len(reasons)} of {len(read)} slices cannot be read: {reasons[0]}")
+    row_N = np.searchsorted(wanted["soma_joinid"].to_numpy(), soma_joinid_N)
+    sound_N = (np.concatenate([cells.fault for cells in read]) == Fault.NONE)[row_N]
+    rows = row_N[sound_N]
+    counts = sp.vstack([cells.counts for cells in read], format="csr")
+    return counts[rows], np.concatenate([cells.totals for cells in read])[rows], sound_N
 
 
 def joint_space(config: Config, model: LangCell, aside: Aside, tables: dict[str, Table]) -> JointSpace:

@@ -90,11 +90,11 @@ def run(config: Config) -> dict[str, Any]:
             )
             weights = fit(task)
         assert weights is not None
-    exported = export(config, manifest, weights, directory / "export", vocab_size=vocab_size)
-    print("judging the exported model: five tables, contrast alone and with matching", flush=True)
-    model, model_config = load_export(exported)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    tables = evaluate(config, model, model_config["tau"], aside)
+        exported = export(config, manifest, weights, directory / "export", vocab_size=vocab_size)
+        print("judging the exported model: five tables, contrast alone and with matching", flush=True)
+        model, model_config = load_export(exported)
+        model.to("cuda" if torch.cuda.is_available() else "cpu")
+        tables = evaluate(config, model, model_config["tau"], aside)
     rows = metrics.read(directory / metrics.METRICS)
     summary = {
         **training_summary(rows, metrics.read(directory / metrics.RECOVERIES), config, plans),

@@ -28,7 +28,7 @@ ENVIRONMENT = {
     # glibc would give the buffers of every slice back to the system and take them anew, zeroed: a seventh of
     # the CPU time of a token pass.
     "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(256 << 20),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
     # PyTorch deprecates collectives that DeepSpeed still calls, once per process.
     "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger",
 }

@@ -52,5 +52,10 @@ def test_stored_zeros_make_no_cell() -> None:
     assert find_faults(counts, np.array([9.0])).tolist() == [Fault.EMPTY]
 
 
+def test_a_gene_twice_in_a_row_is_no_row() -> None:
+    counts = sp.csr_matrix((np.ones(5, np.float32), [0, 2, 2, 1, 2], [0, 3, 5]), (2, 3))
+    assert find_faults(counts, np.array([9.0, 9.0])).tolist() == [Fault.MISFIT, Fault.NONE]
+
+
 def test_every_fault_has_words() -> None:
     assert set(REASONS) == set(Fault) - {Fault.NONE}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import scipy.sparse as sp
 from langcell.cells.beta import Beta
 from langcell.cells.vocabulary import Vocabulary
 from langcell.census.layout import categorical, make_var, write_census
+from langcell.corpus.manifest import Manifest
 from langcell.errors import InputError
 from tests.corpus.making import make, read_blocks
 
@@ -26,6 +28,7 @@ BAD = {
     60: "total",
     70: "misfit",
     80: "misfit",
+    85: "misfit",
     90: "no_gene",
 }
 
@@ -63,6 +66,8 @@ def write(path: Path, bad: dict[int, str], genes: list[str] | None = None) -> st
             totals[i] = dense[i].sum() - 1
         elif i in (70, 80):
             promised[i] += 75 - i
+        elif i == 85:
+            promised[i] = -3
         elif i == 90:
             dense[i] = 0
             dense[i, GENES - 1] = 7
@@ -104,8 +109,9 @@ OPTIONS = {"corpus__split_by": "cell", "corpus__test_share": 0.1, "corpus__val_s
         (40, "NaN or infinite"),
         (50, "no gene has a count"),
         (60, "raw_sum.*below the sum"),
-        (70, "obs and X do not fit"),
-        (80, "obs and X do not fit"),
+        (70, "obs, var and X do not fit"),
+        (80, "obs, var and X do not fit"),
+        (85, "obs, var and X do not fit"),
         (90, "none of its genes has both"),
     ],
 )
@@ -176,9 +182,53 @@ def test_a_damaged_fragment_is_named_or_left_out(ray_session, tmp_path) -> None:
     options = OPTIONS | {"census__slice_nnz": nnz_of_block, "census__attempts": 1}
     with pytest.raises(InputError, match=r"soma_joinid \d+ to \d+ \(dataset study \d.* cannot be read: .+"):
         make(uri, tmp_path / "corpus", [], **options)
-    summary = make(uri, tmp_path / "corpus", [], **options, census__bad_cells="skip")
+    with pytest.raises(
+        InputError, match=r"more than census\.most_unreadable allows: this looks like an outage"
+    ):
+        make(uri, tmp_path / "corpus", [], **options, census__bad_cells="skip")
+    assert not (tmp_path / "corpus" / "manifest.json").exists()
+    tolerant = options | {"census__bad_cells": "skip", "census__most_unreadable": 0.7}
+    summary = make(uri, tmp_path / "corpus", [], **tolerant)
     lost = summary.left_out["unreadable"]
     assert 100 <= lost < N
     assert summary.cells == N - lost
-    # mended: the whole corpus, in another folder
-    assert make(write(tmp_path / "whole", {}), tmp_path / "c2", [], **options).cells == N
+    with pytest.raises(
+        InputError, match=r"made with census\.bad_cells skip and lacks \{'unreadable': \d+\} cells"
+    ):
+        make(uri, tmp_path / "corpus", [], **options)
+
+
+def test_what_was_mended_is_read_again(ray_session, tmp_path, monkeypatch) -> None:
+    uri = write(tmp_path / "census", {})
+    fragments = sorted(Path(uri, "census_data/homo_sapiens/ms/RNA/X/raw/__fragments").iterdir())
+    data = fragments[1] / "a0.tdb"
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-20])
+    options = OPTIONS | {"census__slice_nnz": 2_100, "census__attempts": 1}
+    tolerant = options | {"census__bad_cells": "skip", "census__most_unreadable": 0.7}
+    with monkeypatch.context() as patch:  # killed at its very end, without the slices that were lost
+        patch.setattr(Manifest, "write", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            make(uri, tmp_path / "corpus", [], **tolerant)
+    data.write_bytes(whole)
+    mended = make(uri, tmp_path / "corpus", [], **options)
+    assert (mended.cells, mended.left_out) == (N, {})
+    fresh = make(uri, tmp_path / "fresh", [], **options)
+    assert (mended.beta_hash, mended.corpus_hash) == (fresh.beta_hash, fresh.corpus_hash)
+    assert read_blocks(tmp_path / "corpus") == read_blocks(tmp_path / "fresh")
+
+
+def test_a_corpus_without_some_cells_is_another(ray_session, tmp_path, vocabulary) -> None:
+    """With medians and vocabulary given, nothing else tells the two apart."""
+    genes = [f"ENSG{i:011d}" for i in range(GENES)]
+    beta = Beta(genes, genes, np.ones(GENES, np.int64), np.ones(GENES, np.float32))
+    beta.write(str(tmp_path / "beta.parquet"))
+    given = {"tokens__vocabulary": vocabulary, "beta__source": str(tmp_path / "beta.parquet")}
+    options = OPTIONS | given | {"census__bad_cells": "skip"}
+    uri = write(tmp_path / "census", {})
+    whole = make(uri, tmp_path / "whole", [], **options)
+    shutil.rmtree(uri)
+    lacking = make(write(tmp_path / "census", {10: BAD[10]}), tmp_path / "lacking", [], **options)
+    assert lacking.left_out == {"not_integer": 1}
+    assert whole.beta_hash == lacking.beta_hash
+    assert whole.corpus_hash != lacking.corpus_hash

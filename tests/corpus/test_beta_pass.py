@@ -69,7 +69,7 @@ def cut(cells: pa.Table, cuts: list[int]) -> list[Slice]:
 
 def beta_of(source: Array, slices: list[Slice], policy: str = "error"):
     var = pa.table({"feature_id": [f"G{i}" for i in range(GENES)], "feature_name": ["g"] * GENES})
-    return train_beta(source, 1, var, slices, Ledger(source, policy), {})
+    return train_beta(source, 1, var, slices, Ledger(source, policy, len(source.totals)), {})
 
 
 def expected(source: Array, cells: pa.Table) -> np.ndarray:

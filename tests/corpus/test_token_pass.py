@@ -39,7 +39,12 @@ def task(demo_uri: str, tmp_path: Path) -> tuple[Reader, list[Slice], Encoder, B
     tokens = np.arange(2, n_vars + 2).astype(np.uint16)
     slices = make_slices(cells, -(-sum(cells["nnz"].to_pylist()) // 4))
     assert len(slices) == 5
-    return reader, slices, Encoder(np.ones(n_vars), tokens, n_vars + 2, 64), BlockWriter(str(tmp_path), 8, 1)
+    return (
+        reader,
+        slices,
+        Encoder(np.ones(n_vars), tokens, n_vars + 2, 64),
+        BlockWriter(str(tmp_path), "medians", 8, 1),
+    )
 
 
 @dataclass(frozen=True)
