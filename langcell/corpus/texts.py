@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
@@ -76,13 +77,7 @@ def describe_obs(
     obs: the columns of `text_columns`. The texts' `cells` are zero until `Texts.count`.
     """
     columns = text_columns(options)
-    combination = (
-        obs.select(columns)
-        .to_pandas(strings_to_categorical=True)
-        .groupby(columns, observed=True, sort=False, dropna=False)
-        .ngroup()
-        .to_numpy()
-    )
+    combination = _combinations(obs.select(columns))
     first = np.empty(combination.max(initial=-1) + 1, np.int64)
     first[combination[::-1]] = np.arange(len(combination))[::-1]
     n_cells = np.bincount(combination).tolist()
@@ -108,6 +103,20 @@ def describe_obs(
         cells=np.zeros((len(ids), len(SPLITS)), np.int64),
     )
     return texts, text_of_combination[combination], coverage
+
+
+def _combinations(obs: pa.Table) -> np.ndarray:
+    """Number of each row's combination of values, in order of appearance (int64 [cells]).
+
+    Folded column by column: 24 bytes a cell at the most, where a groupby over all columns takes 180.
+    """
+    combination = np.zeros(len(obs), np.int64)
+    for column in obs.columns:
+        chunks = column if pa.types.is_dictionary(column.type) else column.dictionary_encode()
+        encoded = chunks.unify_dictionaries().combine_chunks()
+        code = encoded.indices.cast(pa.int64()).fill_null(len(encoded.dictionary)).to_numpy()
+        combination, _ = pd.factorize(combination * (len(encoded.dictionary) + 1) + code)
+    return combination
 
 
 def write_texts(texts: Texts) -> pa.Buffer:
