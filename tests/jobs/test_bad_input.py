@@ -77,6 +77,12 @@ def test_census_that_does_not_exist(refused: Refused, tmp_path: Path) -> None:
     assert str(tmp_path / "nowhere") in message
 
 
+def test_credentials_among_the_options(refused: Refused) -> None:
+    message = refused("--beta.source=s3://AKIA:wJalrXUtnFEMI@bucket/beta.parquet")
+    assert "beta.source: a URI must hold no credentials" in message
+    assert "wJalr" not in message
+
+
 def test_filter_that_matches_nothing(refused: Refused) -> None:
     message = refused("--census.filter=tissue == 'moon dust'")
     assert "census.filter" in message
