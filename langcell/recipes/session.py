@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 import ray
 
+from langcell.corpus.tasks import KEEP_BUFFERS
 from langcell.errors import InputError
 from langcell.recipes.options import RunOptions
 
@@ -25,10 +26,7 @@ ENVIRONMENT = {
     # Every print of a worker would come twice.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "TOKENIZERS_PARALLELISM": "false",
-    # glibc would give the buffers of every slice back to the system and take them anew, zeroed: a seventh of
-    # the CPU time of a token pass.
-    "MALLOC_MMAP_THRESHOLD_": str(32 << 20),
-    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    **KEEP_BUFFERS,
     # PyTorch deprecates collectives that DeepSpeed still calls, once per process.
     "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger",
 }
