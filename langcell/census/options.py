@@ -26,7 +26,7 @@ class CensusOptions:
     """What to do with cells whose counts are none (negative, no integer, ...) or that have no gene of the vocabulary: `error` ends the job and names them, `skip` leaves them out, counts and lists them."""
     most_unreadable: float = 0.01
     """Share of the cells that `bad_cells: skip` may leave out because their slices cannot be read (0 to 1); more is an outage, and ends the job, which can go on later."""
-    slice_nnz: int = 12_000_000
+    slice_nnz: int = 7_000_000
     """Most non-zeros of one read slice (count); bounds the memory of a task (`--plan` says at how much)."""
     attempts: int = 5
     """Times a slice is tried to be read before the storage is given up (count), with growing waits between."""

@@ -19,9 +19,9 @@ from langcell.corpus.draft import Draft, Order
 from langcell.corpus.schema import TRAIN
 from langcell.corpus.splits import count_splits
 
-TASK_MB, TASK_BYTES_A_NONZERO = 420, 38
-"""Peak resident memory of a task: a worker with its libraries and TileDB's buffers (MB), and what grows
-with the slice (bytes a non-zero)."""
+TASK_MB, TASK_BYTES_A_NONZERO = 480, 44
+"""Peak memory of a task: a worker with its libraries and TileDB's buffers (10^6 bytes), and what grows with
+the slice (bytes a non-zero). What is a worker's own: pages of the object store are the node's."""
 READ_NNZ_S, BETA_NNZ_S, TOKEN_NNZ_S = 60e6, 30e6, 40e6
 """Non-zeros a second and core: read, and what a beta pass and the token pass do with them beyond that."""
 X_BYTES, FILE_BYTES, TOKEN_BYTES, CELL_BYTES = 1.6, 8, 2.0, 12
@@ -65,7 +65,7 @@ class Forecast:
 
 def task_mb(nnz: int) -> int:
     """Most memory (MB) of a task whose slice holds `nnz` non-zeros."""
-    return TASK_MB + round(TASK_BYTES_A_NONZERO * nnz / 2**20)
+    return TASK_MB + round(TASK_BYTES_A_NONZERO * nnz / 1e6)
 
 
 def forecast(order: Order, drafted: Draft) -> Forecast:

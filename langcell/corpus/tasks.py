@@ -23,10 +23,6 @@ from langcell.errors import InputError
 RETRIES = 3
 """Times that a task whose worker died is run again."""
 
-KEEP_BUFFERS = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
-"""Environment of workers: glibc would give the buffers of every slice back to the system and take them anew,
-zeroed, for a fifth of the CPU time of a token pass."""
-
 
 def task(function: Callable[..., Any], num_returns: int = 1) -> Any:
     """`function` as a Ray task."""

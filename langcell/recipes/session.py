@@ -16,7 +16,6 @@ from contextlib import contextmanager
 
 import ray
 
-from langcell.corpus.tasks import KEEP_BUFFERS
 from langcell.errors import InputError
 from langcell.recipes.options import RunOptions
 
@@ -26,7 +25,6 @@ ENVIRONMENT = {
     # Every print of a worker would come twice.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "TOKENIZERS_PARALLELISM": "false",
-    **KEEP_BUFFERS,
     # PyTorch deprecates collectives that DeepSpeed still calls, once per process.
     "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger",
 }
