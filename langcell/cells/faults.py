@@ -1,9 +1,9 @@
 """What counts must be before anything is made of them, and what is wrong with a cell whose are not.
 
 Every pass asks the same question of the same counts, so a cell whose counts are none is in no sentence and
-had no part in beta either. One sweep over the CSR, no copy. A cell's total is its count
-over *all* genes measured (`raw_sum` of a Census), which may exceed the sum of its row: X may hold a part
-of the genes (the demo's 765 hold 11-28%). A total below the row's sum can not be one.
+had no part in beta either. One sweep over the CSR, no copy. A cell's total is its count over *all* genes
+measured (`raw_sum` of a Census), which may exceed the sum of its row: X may hold a part of the genes (the
+demo's 765 hold 11-28%). A total below the row's sum can not be one.
 """
 
 from __future__ import annotations

@@ -104,9 +104,9 @@ class Census:
     def obs(self, columns: Iterable[str]) -> pa.Table:
         """The selected cells in joinid order.
 
-        soma_joinid (int64), raw_sum (float64, total count over all genes measured), nnz (int64),
-        then `columns`; text as dictionary<int32, string>. Raises InputError for a column that obs
-        does not have.
+        soma_joinid (int64), raw_sum (float64, total count over all genes measured), nnz (int64), both
+        null where obs has not got them, then `columns`; text as dictionary<int32, string>. Raises
+        InputError for a column that obs does not have, and for cells beyond X.
         """
         names = list(dict.fromkeys(["soma_joinid", "raw_sum", "nnz", *columns]))
         present = self._experiment.obs.schema.names
@@ -129,11 +129,9 @@ class Census:
             )
         obs = pa.table({name: _encoded(table[name]) for name in names})
         if "nnz" in names:
-            obs = obs.set_column(names.index("nnz"), "nnz", self._promised(obs["nnz"]))
-        if "nnz" not in names:
-            obs = obs.add_column(1, "raw_sum", pa.nulls(len(obs), pa.float64()))
-            obs = obs.add_column(2, "nnz", pa.nulls(len(obs), pa.int64()))
-        return obs
+            return obs.set_column(names.index("nnz"), "nnz", self._promised(obs["nnz"]))
+        obs = obs.add_column(1, "raw_sum", pa.nulls(len(obs), pa.float64()))
+        return obs.add_column(2, "nnz", pa.nulls(len(obs), pa.int64()))
 
     def var(self) -> pa.Table:
         """The genes in joinid order: soma_joinid (int64), feature_id and feature_name (string).

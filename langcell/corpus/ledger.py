@@ -66,9 +66,14 @@ class Ledger:
         Raises InputError that names the cells, where the policy is `error` and there is a fault, or where
         too many slices cannot be read.
         """
-        if len(faults.fault) and self.strict:
+        self._faults.pop(faults.slice, None)
+        if not len(faults.fault):
+            return
+        if self.strict:
             raise InputError(self._message(faults))
         self._faults[faults.slice] = faults
+        if not faults.unreadable:
+            return
         lost = sum(len(other.fault) for other in self._faults.values() if other.unreadable)
         if lost > self._most_unreadable:
             raise InputError(
