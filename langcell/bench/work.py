@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -23,13 +23,25 @@ import tiledbsoma as soma
 
 from langcell.bench import baselines
 from langcell.bench.processes import Work
-from langcell.cells.beta import Beta, Histogram, collect, finish, histogram, median_bins, merge_histograms
+from langcell.cells.beta import Beta
+from langcell.cells.medians import (
+    Histogram,
+    collect,
+    finish,
+    gene_ranges,
+    histogram,
+    join_bins,
+    median_bins,
+    merge_collected,
+    merge_histograms,
+)
 from langcell.cells.rank import rank_encode
 from langcell.census.experiment import ExperimentReader
 from langcell.census.opening import reading_x
 from langcell.census.options import CensusOptions
-from langcell.census.reading import JudgedCells, counts_block, read_cells
+from langcell.census.reading import counts_block, read_cells
 from langcell.census.slices import Slice
+from langcell.corpus.beta_pass import RANGES, Tree, own_beta
 from langcell.corpus.options import CorpusOptions
 from langcell.corpus.schema import SPLITS
 from langcell.corpus.storage import open_root
@@ -105,24 +117,16 @@ def token_road(cells: Cells, encoder: Encoder, directory: str) -> Work:
 
 def beta_road(cells: Cells) -> Work:
     """Both beta passes without Ray; the medians, and `read`, `csr`, `histogram`, `collect`, `merge`."""
-    n_vars = len(cells.var)
-    ids, names = cells.var["feature_id"].to_pylist(), cells.var["feature_name"].to_pylist()
 
     def road(parts: list[Slice]) -> tuple[Beta, Stages]:
         spent: Counter[str] = Counter()
 
-        def over(name: str, partial: Callable[[JudgedCells], Histogram]) -> Histogram:
-            tree = Tree()
+        def judged() -> Iterator[tuple[sp.csr_matrix, np.ndarray]]:
             for part in parts:
-                judged = _timed(spent, "csr", read_cells, cells.reader, part, 1)
-                own = _timed(spent, name, partial, judged)
-                _timed(spent, "merge", tree.add, own)
-            return _timed(spent, "merge", tree.merged)
+                yield _timed(spent, "csr", read_cells, cells.reader, part, 1).sound
 
-        counted = over("histogram", lambda judged: histogram(*judged.sound))
-        bins = _timed(spent, "merge", median_bins, counted, n_vars)
-        collected = over("collect", lambda judged: collect(*judged.sound, bins))
-        return _timed(spent, "merge", finish, counted, bins, collected, ids, names), dict(spent)
+        found = _medians(judged, len(cells.var), partial(_timed, spent))
+        return own_beta([found], cells.var, {}), dict(spent)
 
     def work() -> tuple[Beta, Stages]:
         read = 2 * _read_cpu_s(cells)
@@ -133,22 +137,26 @@ def beta_road(cells: Cells) -> Work:
     return work
 
 
-class Tree:
-    """Histograms merged in pairs of equal size as they come, as the pass does."""
+def _medians(
+    slices: Callable[[], Iterable[tuple[sp.csr_matrix, np.ndarray]]], n_vars: int, call: Callable[..., Any]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Number of values and median of each gene: both passes over `slices()`, by ranges and trees as in
+    `corpus.beta_pass`. call: calls a stage's function, given the stage's name before it."""
+    ranges = gene_ranges(n_vars, RANGES)
 
-    def __init__(self) -> None:
-        self._waiting: list[tuple[int, Histogram]] = []  # each of 2^level parts, levels falling
+    def reduced(name: str, count: Callable[..., list[Histogram]], merge: Any, *known: Any) -> list[Histogram]:
+        trees = [Tree(lambda *parts: call("merge", merge, parts)) for _ in ranges[1:]]
+        for counts, totals in slices():
+            for tree, own in zip(trees, call(name, count, counts, totals, *known, ranges), strict=True):
+                tree.add(own)
+        return [tree.sum() for tree in trees]
 
-    def add(self, part: Histogram) -> None:
-        level = 0
-        while self._waiting and self._waiting[-1][0] == level:
-            part = merge_histograms([self._waiting.pop()[1], part])
-            level += 1
-        self._waiting.append((level, part))
-
-    def merged(self) -> Histogram:
-        """The histogram of all parts (one at least)."""
-        return reduce(lambda a, b: merge_histograms([a, b]), (part for _, part in reversed(self._waiting)))
+    counted = reduced("histogram", histogram, merge_histograms)
+    bins = [call("merge", median_bins, part) for part in counted]
+    collected = reduced("collect", collect, merge_collected, join_bins(bins))
+    finished = [call("merge", finish, *of_range) for of_range in zip(counted, bins, collected, strict=True)]
+    n, median = (np.concatenate(arrays) for arrays in zip(*finished, strict=True))
+    return n, median
 
 
 def save_cells(cells: Cells, path: str) -> Work:
@@ -217,16 +225,12 @@ def blockwise_road(cells: Cells, encoder: Encoder, stable: bool) -> Work:
 def own_medians(path: str) -> Work:
     """Our medians from RAM, slice by slice; float32 [genes]."""
     counts, totals, ends = load_cells(path)
-    n_vars, ids = counts.shape[1], [""] * counts.shape[1]
+
+    def untimed(_: str, function: Callable[..., Any], *args: Any) -> Any:
+        return function(*args)
 
     def medians(parts: list[tuple[sp.csr_matrix, np.ndarray]]) -> np.ndarray:
-        first, second = Tree(), Tree()
-        for part in parts:
-            first.add(histogram(*part))
-        bins = median_bins(first.merged(), n_vars)
-        for part in parts:
-            second.add(collect(*part, bins))
-        return finish(first.merged(), bins, second.merged(), ids, ids).beta
+        return _medians(lambda: parts, counts.shape[1], untimed)[1]
 
     parts = [(counts[a:b], totals[a:b]) for a, b in pairwise([0, *ends.tolist()])]
     medians([(counts[:64], totals[:64])])

@@ -244,17 +244,23 @@ class ExperimentReader:
 
 @nb.njit(cache=True, nogil=True)
 def _place(dim_0, dim_1, data, start, row_of, offsets, cursor, more, gene, count):  # type: ignore[no-untyped-def]
-    """Puts the entries of wanted rows at the rows' cursors; counts in `more` what has no room."""
-    for i in range(len(dim_0)):
-        row = row_of[dim_0[i] - start]
+    """Puts the entries of wanted rows at the rows' cursors; counts in `more` what has no room.
+
+    A data tile holds some 50 entries of a row side by side, which are copied in one loop."""
+    i = 0
+    while i < len(dim_0):
+        first, cell = i, dim_0[i]
+        while i < len(dim_0) and dim_0[i] == cell:
+            i += 1
+        row = row_of[cell - start]
         if row < 0:
             continue
         at = cursor[row]
-        if at == offsets[row + 1]:
-            more[row] += 1
-            continue
-        gene[at], count[at] = dim_1[i], data[i]
-        cursor[row] = at + 1
+        n = min(i - first, offsets[row + 1] - at)
+        for k in range(n):
+            gene[at + k], count[at + k] = dim_1[first + k], data[first + k]
+        cursor[row] = at + n
+        more[row] += i - first - n
 
 
 def _runs(joinid: np.ndarray, start: int, stop: int) -> list[tuple[int, int]]:

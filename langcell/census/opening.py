@@ -92,6 +92,7 @@ def _settings(options: CensusOptions) -> dict[str, str | int]:
     settings: dict[str, str | int] = {
         "soma.init_buffer_bytes": 4 << 20,
         "sm.mem.total_budget": 64 << 20,
+        "sm.mem.malloc_trim": "false",
         "sm.compute_concurrency_level": 1,
         "vfs.s3.connect_timeout_ms": 3000,
         "vfs.s3.request_timeout_ms": 3000,

@@ -4,31 +4,34 @@ Exact and independent of the schedule because both passes return partial results
 a task that Ray runs again replaces its result, where an increment pushed into an actor would count twice.
 (Over the same cells Ray Data's `groupby.aggregate(Quantile)` reaches 290 cells/s.)
 
-A histogram of all genes grows to some 700 MB at 27.5M cells, so a slice's partial is cut into `RANGES`
-ranges of genes, each a tree of its own: a merge holds 4 x 44 MB and their sum at that size, less than a
-slice. Four partials of a level make one of the next as they arrive, and no more than two slices a CPU are
-in flight, so that the object store holds a few partials a level however many thousand slices there are.
+A histogram of all genes grows to some 350 MB at 27.5M cells, so a slice's partial is cut into `RANGES`
+ranges of genes, each a tree of its own: a merge holds 8 x 22 MB and their sum at that size, about a slice.
+Eight partials of a level make one of the next as they arrive, and no more than two slices a CPU are in
+flight, so that the object store holds a few partials a level however many thousand slices there are.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Generic, TypeVar
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
 from tqdm import tqdm
 
-from langcell.cells.beta import (
-    Beta,
+from langcell.cells.beta import Beta
+from langcell.cells.medians import (
     Histogram,
     collect,
     finish,
+    gene_ranges,
     histogram,
     join_bins,
     median_bins,
+    merge_collected,
     merge_histograms,
 )
 from langcell.census.reading import JudgedCells, read_cells
@@ -39,9 +42,11 @@ from langcell.corpus.tasks import plainly, task
 from langcell.errors import InputError
 
 RANGES = 16
-"""Ranges of genes that are reduced apart."""
-FAN = 4
+"""Ranges of genes that are reduced apart (more, where a range would have more than 32,768 genes)."""
+FAN = 8
 """Partials that a merge takes."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -66,26 +71,26 @@ def train_beta(
     that cannot be used, or raises InputError for them. about: where the cells come from, for the artefact.
     """
     train = [part for part in slices if pc.any(pc.equal(part.cells["split"], TRAIN)).as_py()]
-    shared, n_genes = ray.put(reader), var.num_rows
+    shared, ranges = ray.put(reader), gene_ranges(var.num_rows, RANGES)
 
     def histogram_of(part: Slice, reader: Reader) -> tuple[Any, ...]:
         part = _train_part(part)
         cells = read_cells(reader, part, attempts)
-        counted = histogram(*cells.sound)
-        return *counted.by_gene_range(n_genes, RANGES, bits=16), _faults(part, cells)
+        return *histogram(*cells.sound, ranges), _faults(part, cells)
 
     def collect_of(part: Slice, reader: Reader, bins: Any) -> tuple[Any, ...]:
         part = _train_part(part)
         cells = read_cells(reader, part, attempts)
-        collected = collect(*cells.sound, bins)
-        return *collected.by_gene_range(n_genes, RANGES, bits=32), _faults(part, cells)
+        return *collect(*cells.sound, bins, ranges), _faults(part, cells)
 
     unreadable: set[int] = set()
     while True:
-        counted, first = _reduce(histogram_of, train, ledger, "beta: histogram", shared)
-        bins = [task(median_bins).remote(part, n_genes) for part in counted]
+        forest = [Tree(task(merge_parts).remote) for _ in ranges[1:]]
+        counted, first = _reduce(histogram_of, forest, train, ledger, "beta: histogram", shared)
+        bins = [task(median_bins).remote(part) for part in counted]
         joined = task(lambda *parts: join_bins(parts)).remote(*bins)
-        collected, second = _reduce(collect_of, train, ledger, "beta: medians", shared, joined)
+        forest = [Tree(task(lambda *parts: merge_collected(parts)).remote) for _ in ranges[1:]]
+        collected, second = _reduce(collect_of, forest, train, ledger, "beta: medians", shared, joined)
         lost = [{faults.slice for faults in found if faults.unreadable} for found in (first, second)]
         unreadable |= lost[0] | lost[1]
         if {part.index for part in train} <= unreadable:
@@ -94,14 +99,17 @@ def train_beta(
             break  # else storage failed between the passes: these slices shall have a part in neither
         train = [part for part in train if part.index not in unreadable]
     n_train = sum(pc.sum(pc.equal(part.cells["split"], TRAIN)).as_py() for part in train)
-    ids, names = var["feature_id"].to_pylist(), var["feature_name"].to_pylist()
     about = about | {"cells": str(n_train - sum(len(faults.fault) for faults in second))}
-    finished = [
-        task(finish).remote(c, b, d, ids, names, about)
-        for c, b, d in zip(counted, bins, collected, strict=True)
-    ]
+    finished = [task(finish).remote(c, b, d) for c, b, d in zip(counted, bins, collected, strict=True)]
     with plainly():
-        return TrainBeta(Beta.join(ray.get(finished)), sorted(unreadable))
+        return TrainBeta(own_beta(ray.get(finished), var, about), sorted(unreadable))
+
+
+def own_beta(parts: list[tuple[np.ndarray, np.ndarray]], var: pa.Table, about: dict[str, str]) -> Beta:
+    """The artefact, from the numbers of values and the medians of each range of genes."""
+    n_nonzero, median = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+    about = {"method": "exact median of the non-zero normalised counts (float32)", "error_bound": "0"} | about
+    return Beta(var["feature_id"].to_pylist(), var["feature_name"].to_pylist(), n_nonzero, median, about)
 
 
 def _train_part(part: Slice) -> Slice:
@@ -115,49 +123,52 @@ def _faults(part: Slice, cells: JudgedCells) -> SliceFaults:
 
 
 def merge_parts(*parts: Histogram) -> Histogram:
-    """The sum of some partials."""
+    """The sum of some partials of the first pass."""
     return merge_histograms(parts)
 
 
-class _Tree:
-    """Partials of a range of genes on their way to one: `FAN` of a level make one of the next."""
+class Tree(Generic[T]):
+    """Partials of a range of genes on their way to one: `FAN` of a level make one of the next.
 
-    def __init__(self) -> None:
-        self._levels: list[list[ray.ObjectRef]] = [[]]
-        self._merge = task(merge_parts)
+    merge: the sum of its arguments; T: a partial, or a reference to one.
+    """
 
-    def add(self, partial: ray.ObjectRef, level: int = 0) -> None:
+    def __init__(self, merge: Callable[..., T]) -> None:
+        self._levels: list[list[T]] = [[]]
+        self._merge = merge
+
+    def add(self, partial: T, level: int = 0) -> None:
         if level == len(self._levels):
             self._levels.append([])
         self._levels[level].append(partial)
         if len(self._levels[level]) == FAN:
-            merged = self._merge.remote(*self._levels[level])
+            merged = self._merge(*self._levels[level])
             self._levels[level] = []
             self.add(merged, level + 1)
 
-    def sum(self) -> ray.ObjectRef:
+    def sum(self) -> T:
         """All that was added, small partials first."""
-        carried: list[ray.ObjectRef] = []
+        carried: list[T] = []
         for level in self._levels:
             parts = [*carried, *level]
-            carried = [self._merge.remote(*parts)] if len(parts) > 1 else parts
+            carried = [self._merge(*parts)] if len(parts) > 1 else parts
         return carried[0]
 
 
 def _reduce(
     of_slice: Callable[..., tuple[Any, ...]],
+    trees: list[Tree[ray.ObjectRef]],
     slices: list[Slice],
     ledger: Ledger,
     title: str,
     *shared: ray.ObjectRef,
 ) -> tuple[list[ray.ObjectRef], list[SliceFaults]]:
-    """The merged histograms of `of_slice(slice, *shared)` over all slices (at least one) by range of genes,
-    as objects in the store, and the faults that were found."""
+    """What the trees make of `of_slice(slice, *shared)` over all slices (at least one), as objects in the
+    store, and the faults that were found."""
 
     # Partials stay in the store; the last value of a task is small and tells of its end.
-    leaf = task(of_slice, num_returns=RANGES + 1)
+    leaf = task(of_slice, num_returns=len(trees) + 1)
     waiting, running = list(reversed(slices)), dict[ray.ObjectRef, list[ray.ObjectRef]]()
-    trees = [_Tree() for _ in range(RANGES)]
     found: list[SliceFaults] = []
     with tqdm(total=len(slices), desc=title, unit="slice") as bar:
         while waiting or running:
