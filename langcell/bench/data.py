@@ -44,6 +44,7 @@ from langcell.census.synthetic import build_synthetic
 from langcell.corpus.draft import draft, place_order
 from langcell.corpus.forecast import task_mb
 from langcell.corpus.options import CorpusOptions
+from langcell.corpus.tasks import ONE_ARENA
 from langcell.corpus.token_pass import Encoder
 from langcell.errors import InputError
 from langcell.files import write_whole
@@ -65,6 +66,7 @@ def run(options: DataOptions) -> Figures:
     directory = Path(os.path.abspath(options.dir))
     directory.mkdir(parents=True, exist_ok=True)
     load = os.getloadavg()[0]
+    os.environ.update(ONE_ARENA)  # as jobs have it: what is measured is started from here on
     os.environ["TQDM_DISABLE"] = "1"  # inherited by what is measured; read when tqdm is imported
     uri = alone(build, str(directory), options.cells, options.seed).values[0]
     with tempfile.TemporaryDirectory(prefix="corpora-", dir=directory) as scratch:

@@ -1,6 +1,6 @@
 """The passes and the whole `prepare` through Ray, on a Ray of so many CPUs of its own.
 
-A pass over the first slice comes first and is not measured: it starts the workers, which import and load
+A pass over a few slices a CPU comes first and is not measured: it starts the workers, which import and load
 compiled kernels for some seconds. Every repetition writes a corpus of its own.
 """
 
@@ -47,7 +47,7 @@ def beta_pass(cells: Cells, cpus: int) -> Work:
     def run(parts: list[Slice]) -> str:
         return train_beta(cells.reader, 1, cells.var, parts, ledger, {}).beta.hash
 
-    run(cells.slices[:1])
+    run(cells.slices[: 2 * cpus])
     return _watch(lambda: run(cells.slices))
 
 
@@ -64,7 +64,7 @@ def token_pass(cells: Cells, encoder: Encoder, directory: str, cpus: int) -> Wor
         reports = write_tokens(source, encoder, writer, ledger.add)
         return sum(block.tokens for report in reports for block in report.blocks)
 
-    run(cells.slices[:1])
+    run(cells.slices[: 2 * cpus])
     return _watch(lambda: run(cells.slices))
 
 

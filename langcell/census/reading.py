@@ -97,11 +97,16 @@ def counts_bytes(part: Slice) -> int:
 
 def counts_of(table: pa.Table, n_vars: int) -> sp.csr_matrix:
     """Counts of a `counts_block`, or of any rows of one: float32 CSR [rows, n_vars]."""
-    gene, count = (table[name].combine_chunks() for name in ("gene", "count"))
+    gene, count = (_in_one_piece(table[name]) for name in ("gene", "count"))
     offsets = gene.offsets.to_numpy()
     return sp.csr_matrix(
         (count.flatten().to_numpy(), gene.flatten().to_numpy(), offsets - offsets[0]), (len(table), n_vars)
     )
+
+
+def _in_one_piece(column: pa.ChunkedArray) -> pa.Array:
+    """The column as one array; `combine_chunks` copies even what is in one."""
+    return column.chunk(0) if column.num_chunks == 1 else column.combine_chunks()
 
 
 def sentences_block(reader: SentenceReader, attempts: int, part: Slice) -> pa.Table:

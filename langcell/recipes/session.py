@@ -16,6 +16,7 @@ from contextlib import contextmanager
 
 import ray
 
+from langcell.corpus.tasks import ONE_ARENA
 from langcell.errors import InputError
 from langcell.recipes.options import RunOptions
 
@@ -25,6 +26,7 @@ ENVIRONMENT = {
     # Every print of a worker would come twice.
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "TOKENIZERS_PARALLELISM": "false",
+    **ONE_ARENA,
     # PyTorch deprecates collectives that DeepSpeed still calls, once per process.
     "PYTHONWARNINGS": "ignore::FutureWarning:torch.distributed.c10d_logger",
 }
