@@ -19,10 +19,10 @@ from langcell.corpus.draft import Draft, Order
 from langcell.corpus.schema import TRAIN
 from langcell.corpus.splits import count_splits
 
-TASK_MB, TASK_BYTES_A_NONZERO = 640, 44
+TASK_MB, TASK_BYTES_A_NONZERO = 400, 44
 """Peak memory of a task: a worker with its libraries and TileDB's buffers (10^6 bytes), and what grows with
 the slice (bytes a non-zero). What is a worker's own: pages of the object store are the node's."""
-READ_NNZ_S, BETA_NNZ_S, TOKEN_NNZ_S = 50e6, 23e6, 23e6
+READ_NNZ_S, BETA_NNZ_S, TOKEN_NNZ_S = 65e6, 36e6, 32e6
 """Non-zeros a second and core: read, and what a beta pass and the token pass do with them beyond that."""
 X_BYTES, FILE_BYTES, TOKEN_BYTES, CELL_BYTES = 1.6, 8, 2.0, 12
 """On storage: bytes of a non-zero in X/raw and, without compression, in other files; of a token and of the
