@@ -7,7 +7,7 @@ row of its text in a `TextTable` that every rank holds, so that any rank can eva
 (cell, text) pair of the global batch from ids alone.
 
 Shape suffixes: B cells or sequences, T their tokens, K distinct texts, N rows of the text table,
-C cell-type terms of the corpus.
+C cell-type terms of the corpus, V variants of a text.
 """
 
 from __future__ import annotations
@@ -108,25 +108,30 @@ class Packed:
 class TextTable:
     """All texts of a corpus, tokenised once, with their variants.
 
-    A distinct text stands in `1 + short` consecutive rows: the full text, then its shortened
-    variants (facets other than the cell type dropped; the last is the cell type alone).
-    packed: N rows; text_id: int64, sorted, one per distinct text; term: int64, index of each distinct
-    text's cell-type term in the corpus's sorted terms, -1 where the ontology has none; variants:
-    `1 + short`; related_CC: bool, true where one term is an ontology ancestor of the other (never on
-    the diagonal).
+    Each text has V variants: the full one, then the shortened ones (facets other than the cell type
+    dropped; the last is the cell type alone). Many texts share a shortened variant: the same words are
+    one row.
+    packed: N rows, in distinct words; text_id: int64 [K], sorted; row_KV: int64, the row of each variant of
+    each text; term: int64 [K], index of each text's cell-type term in the corpus's sorted terms, then one
+    index for each cell type that the ontology has no term for; related_CC: bool, true where one term is
+    an ontology ancestor of the other (never on the diagonal).
     """
 
     packed: Packed
     text_id: np.ndarray
+    row_KV: np.ndarray
     term: np.ndarray
-    variants: int
     related_CC: Tensor
+
+    @property
+    def variants(self) -> int:
+        """V."""
+        return self.row_KV.shape[1]
 
     def index(self, text_id_B: np.ndarray) -> np.ndarray:
         """Index of each text id among the distinct texts (int64).
 
-        Row `index * variants + variant` of `packed` is that variant of the text. Raises KeyError
-        naming an id that the table does not hold.
+        Raises KeyError naming an id that the table does not hold.
         """
         index_B = np.searchsorted(self.text_id, text_id_B).clip(max=len(self.text_id) - 1)
         missing = self.text_id[index_B] != text_id_B
@@ -139,8 +144,8 @@ class TextTable:
         return TextTable(
             self.packed.to(device),
             self.text_id,
+            self.row_KV,
             self.term,
-            self.variants,
             self.related_CC.to(device),
         )
 
@@ -150,9 +155,9 @@ class MicroBatch:
     """What one lane hands to the engine in one step.
 
     cells: B packed sentences of genes; soma_joinid_B, text_id_B: int64; term_B: int64, index of the
-    cell-type term in the corpus's terms, -1 where the ontology has none; text_row_B: int64, row of
-    the drawn variant of the cell's text in the text table; short_B: bool, whether that variant is a
-    shortened one.
+    cell-type term in the corpus's terms (`TextTable.term`); text_row_B: int64, row of the drawn variant
+    of the cell's text in the text table; short_B: bool, whether that variant is a
+    shortened one, or says no more than the shortest.
     """
 
     cells: Packed

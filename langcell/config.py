@@ -165,13 +165,16 @@ def validate(config: Config) -> None:
             f"({config.model.cell_heads})."
         )
     train = config.train
-    if train.global_batch != train.micro_batch * train.num_workers:
-        lanes = train.global_batch / train.micro_batch
+    if train.global_batch % train.micro_batch:
+        raise InputError(
+            f"--train.global_batch ({train.global_batch}) must be a multiple of --train.micro_batch "
+            f"({train.micro_batch})."
+        )
+    if (lanes := train.global_batch // train.micro_batch) < train.num_workers:
         raise InputError(
             f"--train.global_batch {train.global_batch} over --train.micro_batch {train.micro_batch} makes "
-            f"{lanes:g} lanes for {train.num_workers} workers. One lane a worker is what this version "
-            "trains; several (accumulation with a contrastive batch that stays global) come later. Let the "
-            "global batch be micro_batch x num_workers."
+            f"{lanes} lanes for {train.num_workers} workers: some would have nothing to do. Raise the global "
+            "batch, or lower the micro-batch or --train.num_workers."
         )
 
 

@@ -83,9 +83,12 @@ def test_uris_without_credentials_pass(uri: str) -> None:
     parse("", CONFIGS / "demo.yaml", [f"--corpus.dir={uri}", f"--text.ontologies=[{uri}]"])
 
 
-def test_several_lanes_a_worker_are_refused() -> None:
-    with pytest.raises(InputError, match="One lane a worker"):
-        parse("", CONFIGS / "demo.yaml", ["--train.micro_batch=4"])
+def test_fewer_lanes_than_workers_are_refused() -> None:
+    parse("", CONFIGS / "demo.yaml", ["--train.micro_batch=4"])  # two lanes each
+    with pytest.raises(InputError, match="2 lanes for 3 workers"):
+        parse("", CONFIGS / "demo.yaml", ["--train.num_workers=3"])
+    with pytest.raises(InputError, match="multiple of"):
+        parse("", CONFIGS / "demo.yaml", ["--train.micro_batch=7"])
 
 
 def test_the_filter_of_sclibrary_is_one_that_obs_understands(demo_uri: str) -> None:

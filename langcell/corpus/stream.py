@@ -1,9 +1,9 @@
 """Per-rank Ray Data streams of micro-batches.
 
-Each training worker builds and consumes its own ordered stream: one row in is one window of one of
-its lanes, rows out are micro-batches, step by step. Reading, shuffling and dealing run in Ray tasks
-on CPU nodes, ahead of the step; one stream serves all epochs of a stage, so that only its first
-micro-batch waits for worker processes to start (2-18 s, against 0.5-2 s a stream per epoch).
+Each training worker builds and consumes its own ordered stream: one row in is one round of its lanes, a
+window each, rows out are micro-batches, step by step, lanes ascending. Reading, shuffling and dealing
+run in Ray tasks on CPU nodes, ahead of the step; one stream serves all epochs of a stage, so that only
+its first micro-batch waits for worker processes to start (2-18 s, against 0.5-2 s a stream per epoch).
 A resume starts the stream at the right window; only a part of one window is read for nothing.
 
 Order is kept by Ray Data's `preserve_order`; its default reservation of resources would leave half
@@ -15,7 +15,7 @@ Shape suffixes: B cells of a micro-batch, T their tokens.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -48,7 +48,10 @@ def read_cells(corpus_dir: str, window: Window) -> pa.Table:
 def deal_window(corpus_dir: str, plan: Plan, window: Window) -> pa.Table:
     """The window's micro-batches, one a row: the lists soma_joinid, text_id, length and tokens."""
     cells = read_cells(corpus_dir, window)
-    dealt_MB = plan.deal(window, cells["length"].to_numpy())
+    lengths_C = cells["length"].to_numpy()
+    dealt_MB = plan.deal(window, lengths_C)
+    # Longest first: cells of one length, a quarter of them cut at the context, are one run of attention.
+    dealt_MB = np.take_along_axis(dealt_MB, np.argsort(-lengths_C[dealt_MB], axis=1, kind="stable"), axis=1)
     batches = cells.take(dealt_MB.ravel())
     columns = {}
     for name in ("soma_joinid", "text_id", "length", "tokens"):
@@ -61,44 +64,53 @@ def deal_window(corpus_dir: str, plan: Plan, window: Window) -> pa.Table:
     return pa.table(columns)
 
 
+def deal_round(corpus_dir: str, plan: Plan, windows: Sequence[Window]) -> pa.Table:
+    """The micro-batches of one window a lane, interleaved: step by step, lanes in the order given."""
+    dealt = pa.concat_tables([deal_window(corpus_dir, plan, window) for window in windows])
+    return dealt.take(np.arange(len(dealt)).reshape(len(windows), -1).T.ravel())
+
+
 @dataclass(frozen=True)
 class Position:
-    """Where a micro-batch stands in its stage: epoch, and step within the epoch."""
+    """Where a step stands in its stage: epoch, and step within the epoch."""
 
     epoch: int
     step: int
 
 
 def stream(
-    corpus_dir: str, plan: Plan, *, lane: int, epochs: int, start: Position, prefetch: int
+    corpus_dir: str, plan: Plan, *, lanes: Sequence[int], epochs: int, start: Position, prefetch: int
 ) -> Iterator[tuple[Position, pa.Table]]:
-    """Micro-batches of one lane from `start` to the last epoch, as one-row tables (`deal_window`).
+    """Steps from `start` to the last epoch, each with the micro-batches of `lanes`, one a row
+    (`deal_window`).
 
-    Runs in a process that is connected to Ray. prefetch: micro-batches held ready.
+    Runs in a process that is connected to Ray. prefetch: steps held ready.
     """
-    windows = [
-        window
+    rounds = [
+        windows
         for epoch in range(start.epoch, epochs)
-        for window in plan.windows(epoch, lane)
-        if epoch > start.epoch or window.first_step + window.steps > start.step
+        for windows in zip(*(plan.windows(epoch, lane) for lane in lanes), strict=True)
+        if epoch > start.epoch or windows[0].first_step + windows[0].steps > start.step
     ]
-    if not windows:
+    if not rounds:
         return
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
     context.op_resource_reservation_enabled = False
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    rows = [pa.table({"window": [i]}) for i in range(len(windows))]
+    rows = [pa.table({"round": [i]}) for i in range(len(rounds))]
 
     def deal(row: pa.Table) -> pa.Table:
-        return deal_window(corpus_dir, plan, windows[row["window"][0].as_py()])
+        return deal_round(corpus_dir, plan, rounds[row["round"][0].as_py()])
 
     dataset = ray.data.from_arrow(rows).map_batches(
         deal, batch_size=None, batch_format="pyarrow", num_cpus=0.5
     )
-    positions = (Position(w.epoch, w.first_step + step) for w in windows for step in range(w.steps))
-    batches = dataset.iterator().iter_batches(batch_size=1, batch_format="pyarrow", prefetch_batches=prefetch)
+    positions = (Position(w.epoch, w.first_step + step) for w, *_ in rounds for step in range(w.steps))
+    batches = dataset.iterator().iter_batches(
+        batch_size=len(lanes), batch_format="pyarrow", prefetch_batches=prefetch
+    )
     for position, batch in zip(positions, batches, strict=True):
         if position.epoch > start.epoch or position.step >= start.step:
             yield position, batch
@@ -123,7 +135,7 @@ def draw_variants(
 
 
 def micro_batch(row: pa.Table, texts: TextTable, *, epoch: int, short_share: float, seed: int) -> MicroBatch:
-    """The tensors of a one-row table of `deal_window`."""
+    """The tensors of a one-row table of `deal_window`. Their order is free: draws are by joinid."""
     column = {name: row[name].combine_chunks().flatten().to_numpy() for name in row.column_names}
     offsets = np.concatenate([[0], np.cumsum(column["length"])])
     text_id_B = column["text_id"]
@@ -131,11 +143,14 @@ def micro_batch(row: pa.Table, texts: TextTable, *, epoch: int, short_share: flo
         text_id_B, variants=texts.variants, short_share=short_share, seed=seed, epoch=epoch
     )
     index_B = texts.index(text_id_B)
+    row_B = texts.row_KV[index_B, variant_B]
+    # A full text may say no more than a shortened one does: that a cell is of a type.
+    short_B = (variant_B > 0) | ((row_B == texts.row_KV[index_B, -1]) & (texts.variants > 1))
     return MicroBatch(
         cells=Packed.from_offsets(column["tokens"], offsets),
         soma_joinid_B=torch.from_numpy(column["soma_joinid"].copy()),
         text_id_B=torch.from_numpy(text_id_B.copy()),
         term_B=torch.from_numpy(texts.term[index_B]),
-        text_row_B=torch.from_numpy(index_B * texts.variants + variant_B),
-        short_B=torch.from_numpy(variant_B > 0),
+        text_row_B=torch.from_numpy(row_B),
+        short_B=torch.from_numpy(short_B),
     )

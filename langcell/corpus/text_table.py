@@ -3,7 +3,8 @@
 Cells carry ids of texts, so a text is tokenised once however many cells have it (7.1M cells of CELLxGENE
 carry 11,260). Apart from `texts`, which makes the table: training alone needs torch, 3 s of imports.
 
-Shape suffixes: K distinct texts, V variants of each, B texts to tokenise, C distinct terms.
+Shape suffixes: K distinct texts, V variants of each, B texts to tokenise, D distinct terms, C those and the
+cell types without a term.
 """
 
 from __future__ import annotations
@@ -25,16 +26,16 @@ log = logging.getLogger(__name__)
 
 
 def related_terms(texts: Texts) -> torch.Tensor:
-    """Whether one of two terms of `texts.terms` is an ontology ancestor of the other: bool [C, C].
+    """Whether one of two terms of `texts.terms` is an ontology ancestor of the other: bool [D, D].
 
     Symmetric; false on the diagonal.
     """
     index = {term: i for i, term in enumerate(texts.terms)}
-    related_CC = torch.zeros(len(index), len(index), dtype=torch.bool)
+    related_DD = torch.zeros(len(index), len(index), dtype=torch.bool)
     for term, ancestors in zip(texts.term, texts.ancestors, strict=True):
         for other in index.keys() & set(ancestors) if term else ():
-            related_CC[index[term], index[other]] = related_CC[index[other], index[term]] = True
-    return related_CC
+            related_DD[index[term], index[other]] = related_DD[index[other], index[term]] = True
+    return related_DD
 
 
 def tokenise_texts(
@@ -67,10 +68,12 @@ def load_text_table(dir: str, tokenizer: PreTrainedTokenizerBase, max_length: in
     packed, cut = tokenise_texts(list(row_of), tokenizer, max_length)
     if n_cut := int(cut[row_KV[:, 0]].sum()):
         log.warning("%d of %d texts are longer than %d tokens and are cut", n_cut, len(texts), max_length)
-    return TextTable(
-        packed=packed.select(torch.from_numpy(row_KV.ravel())),
-        text_id=texts.text_id,
-        term=texts.term_index,
-        variants=row_KV.shape[1],
-        related_CC=related_terms(texts),
-    )
+    related_DD = related_terms(texts)
+    # A cell type without a term is known by its words, the last variant: related to nothing but itself.
+    term_K, unknown_K = texts.term_index, texts.term_index < 0
+    words, place = np.unique(row_KV[unknown_K, -1], return_inverse=True)
+    term_K[unknown_K] = len(related_DD) + place
+    n_terms = len(related_DD) + len(words)
+    related_CC = torch.zeros(n_terms, n_terms, dtype=torch.bool)
+    related_CC[: len(related_DD), : len(related_DD)] = related_DD
+    return TextTable(packed, texts.text_id, row_KV, term_K, related_CC)

@@ -1,10 +1,11 @@
-"""C-C and C-T: InfoNCE of local rows against the columns of all ranks (paper, section 3.2).
+"""C-C and C-T: InfoNCE of local rows against the columns of all lanes (paper, section 3.2).
 
-A rank computes B rows of the logits, never the G x G matrix. Cells share texts: in C-T a column is
-a *cell's* text, so multiplicity counts, and the target is uniform over all columns of the same
-text. Both functions return sums over the local rows; the caller divides by the global count.
+A rank computes the logits of its own rows, never the G x G matrix, and by option some rows at a time.
+Cells share texts: in C-T a column is a *cell's* text, so multiplicity counts, and the target is uniform
+over all columns of the same text. Both functions return sums over the local rows; the caller divides by
+the global count.
 
-Shape suffixes: B local rows, G columns of all ranks, Z width of the joint space.
+Shape suffixes: R local rows, G columns of all lanes, Z width of the joint space.
 """
 
 from __future__ import annotations
@@ -38,24 +39,24 @@ class Temperature(nn.Module):
         return self.log_tau_1.float().exp().clamp(low, high)
 
 
-def cell_cell(first_BZ: Tensor, second_GZ: Tensor, row_B: Tensor, tau: Tensor) -> Tensor:
+def cell_cell(first_RZ: Tensor, second_GZ: Tensor, row_R: Tensor, tau: Tensor) -> Tensor:
     """Sum over rows of -log softmax at the cell's own second view; every other cell is a negative.
 
-    row_B: int64, index of each local row among the G columns.
+    row_R: int64, index of each local row among the G columns.
     """
-    logits_BG = first_BZ @ second_GZ.T / tau
-    return nn.functional.cross_entropy(logits_BG, row_B, reduction="sum")
+    logits_RG = first_RZ @ second_GZ.T / tau
+    return nn.functional.cross_entropy(logits_RG, row_R, reduction="sum")
 
 
 def cell_text(
-    rows_BZ: Tensor, columns_GZ: Tensor, positive_BG: Tensor, excluded_BG: Tensor, tau: Tensor
+    rows_RZ: Tensor, columns_GZ: Tensor, positive_RG: Tensor, excluded_RG: Tensor, tau: Tensor
 ) -> Tensor:
     """Sum over rows of the cross-entropy to a target uniform over the positive columns.
 
-    excluded_BG: columns left out of the denominator; a positive is never excluded.
+    excluded_RG: columns left out of the denominator; a positive is never excluded.
     """
-    logits_BG = rows_BZ @ columns_GZ.T / tau
-    log_z_B = logits_BG.masked_fill(excluded_BG, -torch.inf).logsumexp(dim=1)
-    positive = positive_BG.to(logits_BG.dtype)
-    mean_positive_B = (logits_BG * positive).sum(1) / positive.sum(1)
-    return (log_z_B - mean_positive_B).sum()
+    logits_RG = rows_RZ @ columns_GZ.T / tau
+    log_z_R = logits_RG.masked_fill(excluded_RG, -torch.inf).logsumexp(dim=1)
+    positive = positive_RG.to(logits_RG.dtype)
+    mean_positive_R = (logits_RG * positive).sum(1) / positive.sum(1)
+    return (log_z_R - mean_positive_R).sum()

@@ -31,9 +31,9 @@ def mix(x: Tensor) -> Tensor:
     return x ^ _shift(x, 31)
 
 
-def key(seed: int, step: int, purpose: int) -> int:
-    """One int64 key for all draws of one purpose in one global step."""
-    parts = torch.tensor([seed, step, purpose], dtype=torch.int64)
+def key(seed: int, step: int, purpose: int, *more: int) -> int:
+    """One int64 key for all draws of one purpose in one global step (and of what `more` numbers)."""
+    parts = torch.tensor([seed, step, purpose, *more], dtype=torch.int64)
     mixed = mix(parts[0])
     for part in parts[1:]:
         mixed = mix(mixed ^ part)

@@ -26,5 +26,11 @@ class ObjectiveOptions:
     """Weight of cell-text contrast."""
     w_ctm: float = 1.0
     """Weight of cell-text matching."""
+    mgm_chunk: int = 4096
+    """Masked genes whose logits over the vocabulary are held at a time (genes)."""
+    logit_rows: int | None = None
+    """Rows of a rank whose contrastive logits are held at a time (cells), the others computed again in the backward. None: all of them."""
+    ctm_mining: Literal["exact", "balanced"] = "exact"
+    """`exact`: a hard text for each cell and a hard cell for each text. `balanced`: a second hard text instead of the hard cell, in proportion to exp(score) over all the text could match, so that every rank has equally many pairs (a deviation)."""
     ctm_cells: int | None = None
     """Cells of a lane's micro-batch that take part in matching (cells), a seeded choice. None: all."""

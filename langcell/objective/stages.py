@@ -1,34 +1,60 @@
 """The two stages: one forward that returns a dict of losses.
 
 Stage 1 (cells only) is MGM + C-C; stage 2 adds C-T and CTM. Every loss is a sum over the *global*
-batch divided by the *global* count, returned as this rank's share: the shares of all ranks add up
-to the loss. `total` is scaled by the world size, so that DeepSpeed's averaging over ranks gives
-exactly the gradient of that sum, and two ranks of B cells equal one rank of 2B.
+batch divided by the *global* count, returned as this lane's share: the shares of all lanes add up
+to the loss. `total` is scaled so that DeepSpeed's averaging over ranks and lanes gives exactly the
+gradient of that sum: two ranks of B cells, or two lanes of one rank, equal one rank of 2B.
 
 Which pass feeds which loss: the first unmasked pass gives z_c to C-C (rows), C-T and CTM; a masked
 pass feeds MGM; C-C's columns come from a second unmasked pass (`mgm_view: own`, three passes) or
 from the masked one (`shared`, two passes).
 
-Shape suffixes: B the lane's cells, G all lanes', T tokens, Z joint space, H text width, N rows of
-the text table.
+A rank of one lane needs one forward. A rank of several (gradient accumulation) cannot keep the
+activations of all, yet every lane's contrast needs the views of all: they are made without gradient
+first (`look`), compared once, and then each lane runs its one forward and backward with the gradients of
+the contrast with respect to its views given (`Turn`): the chain rule, cut at the views (Gao et al. 2021,
+"GradCache"). Exact, for a quarter more work, because dropout is seeded anew before every pass.
+
+Shape suffixes: B the lane's cells, T tokens, Z joint space, H text width, N rows of the text table, K
+distinct texts.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from langcell.batch import MicroBatch, TextTable
 from langcell.model.langcell import LangCell
-from langcell.objective.contrastive import Temperature, cell_cell, cell_text
-from langcell.objective.gather import gather_rows, sum_over_ranks, world
-from langcell.objective.masked_gene import gene_loss, mask_genes
-from langcell.objective.matching import local_pairs, matching_loss
-from langcell.objective.negatives import Relations, Rows, initiators, mine_pairs, relations
+from langcell.objective.contrastive import Temperature
+from langcell.objective.draws import key
+from langcell.objective.gather import sum_over_ranks, world
+from langcell.objective.global_batch import Compared, Views, compare
+from langcell.objective.lanes import Lanes
+from langcell.objective.masked_gene import Masked, gene_loss, mask_genes
+from langcell.objective.matching import Pairs, matching_loss
 from langcell.objective.options import ObjectiveOptions
 
 TEXT_MODULES = ("text_bert", "text_proj", "ctm_head")
 LOSSES = {1: ("mgm", "cc"), 2: ("mgm", "cc", "ct", "ctm")}
+DROPOUT = 21  # purpose of the seeds
+FIRST, SECOND, MASKED, TEXT, MATCHING = range(5)  # passes, each with a seed of its own
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One lane's forward in a step of several. lane; weight: 0 where a lane is run again only to keep the
+    ranks abreast; scale: of `total`; genes: masked genes of all lanes (float32 scalar); gradients: of the
+    weighted contrast with respect to the lane's views; pairs: the lane's own."""
+
+    lane: int
+    weight: float
+    scale: float
+    genes: Tensor
+    gradients: Views
+    pairs: Pairs | None
 
 
 class Stage(nn.Module):
@@ -78,80 +104,159 @@ class Stage(nn.Module):
         )
         self.model.train(was_training)
 
-    def forward(self, batch: MicroBatch, step: int) -> dict[str, Tensor]:
-        """This rank's share of each loss, and `total`, the scalar to run backward on.
+    def forward(
+        self, batch: MicroBatch, step: int, *, look: int | None = None, turn: Turn | None = None
+    ) -> dict[str, Tensor]:
+        """This lane's share of each loss, and `total`, the scalar to run backward on.
 
-        step: the global step, which runs on through both stages.
+        step: the global step, which runs on through both stages. With one lane a rank nothing else is
+        given. With several, `look` names the lane whose views are asked for (`views_of` reads the result,
+        meant to be made without gradient), and `turn` what came of comparing them: then `mgm` and `ctm`
+        alone are told, weighted, and `total` holds all losses.
         """
-        model, options, cells = self.model, self.options, batch.cells
+        if look is not None:
+            return self._look(batch, step, look)
+        if turn is not None:
+            return self._turn(batch, step, turn)
         rank, ranks = world()
-        tau = self.temperature(cells.tokens_T.device)
-        row_B = torch.arange(len(batch), device=cells.tokens_T.device) + rank * len(batch)
-
-        states_TW = model.cell_states(cells)
-        z_BZ = model.project_cells(states_TW, cells)
-        masked = mask_genes(
-            cells, batch.soma_joinid_B, ratio=options.mask_ratio, seed=self.seed, step=step, cls=self.cls
-        )
-        masked_TW = model.cell_states(masked.cells)
-        shares = {"mgm": gene_loss(model.gene_head, masked_TW, masked)}
-        genes = sum_over_ranks(torch.tensor(float(masked.index_M.numel()), device=z_BZ.device)).clamp(min=1)
-        counts = {"mgm": genes}
-
-        second_TW = masked_TW if options.mgm_view == "shared" else model.cell_states(cells)
-        second_GZ = gather_rows(model.project_cells(second_TW, cells))
-        shares["cc"] = cell_cell(z_BZ, second_GZ, row_B, tau)
-        counts["cc"] = torch.tensor(float(len(second_GZ)), device=z_BZ.device)
-
-        if self.stage == 2:
-            rows = _gather_ids(batch)
-            relation = relations(rows, self.texts.related_CC, options.preset == "paper")
-            text_BZ = self._texts(batch)
-            cells_GZ, texts_GZ = gather_rows(z_BZ), gather_rows(text_BZ)
-            shares["ct"] = _both_ways(z_BZ, text_BZ, cells_GZ, texts_GZ, relation, row_B, tau)
-            counts["ct"] = counts["cc"]
-
-            initiator_N = initiators(rows.soma_joinid_G, ranks, options.ctm_cells, seed=self.seed, step=step)
-            logits_GG = ((cells_GZ @ texts_GZ.T) / tau).detach()
-            pairs = mine_pairs(
-                logits_GG, relation, rows.soma_joinid_G, initiator_N, seed=self.seed, step=step
-            )
-            mine = local_pairs(pairs, rank * len(batch), len(batch))
-            shares["ctm"] = matching_loss(model, states_TW, cells, mine, rows, self.texts)
-            counts["ctm"] = pairs.weight_P.sum()
-
-        shares = {name: share / counts[name] for name, share in shares.items()}
+        masked = self.mask(batch, step)
+        states_TW, masked_TW, views = self._passes(batch, step, rank, masked)
+        compared = self.compare(views, [batch], Lanes.here(), step)
+        genes = sum_over_ranks(views.tau_1.new_tensor(float(masked.index_M.numel()))).clamp(min=1)
+        shares = {"mgm": self._genes(masked_TW, masked) / genes, **compared.shares}
+        if compared.pairs is not None:
+            own = compared.pairs.of_rows(rank * len(batch), len(batch))
+            shares["ctm"] = self._match(batch, step, rank, states_TW, own)
         total = torch.stack([self.weights[name] * share for name, share in shares.items()]).sum()
-        return {**shares, "total": total * ranks}
+        return {**shares, "empty": compared.empty, "total": total * ranks}
 
-    def _texts(self, batch: MicroBatch) -> Tensor:
+    def mask(self, batch: MicroBatch, step: int) -> Masked:
+        """The lane's cells with masked genes, the same whenever they are asked for."""
+        return mask_genes(
+            batch.cells,
+            batch.soma_joinid_B,
+            ratio=self.options.mask_ratio,
+            seed=self.seed,
+            step=step,
+            cls=self.cls,
+        )
+
+    def compare(self, views: Views, batches: list[MicroBatch], lanes: Lanes, step: int) -> Compared:
+        """The losses over all lanes, from the views of this rank's (`global_batch.compare`)."""
+        return compare(views, batches, lanes, self.options, self.texts.related_CC, seed=self.seed, step=step)
+
+    def _look(self, batch: MicroBatch, step: int, lane: int) -> dict[str, Tensor]:
+        masked = self.mask(batch, step) if self.options.mgm_view == "shared" else None
+        return vars(self._passes(batch, step, lane, masked)[2])
+
+    def _turn(self, batch: MicroBatch, step: int, turn: Turn) -> dict[str, Tensor]:
+        masked = self.mask(batch, step)
+        states_TW, masked_TW, views = self._passes(batch, step, turn.lane, masked)
+        shares = {"mgm": self._genes(masked_TW, masked) / turn.genes}
+        if turn.pairs is not None:
+            shares["ctm"] = self._match(batch, step, turn.lane, states_TW, turn.pairs)
+        shares = {name: turn.weight * share for name, share in shares.items()}
+        parts = [self.weights[name] * share for name, share in shares.items()]
+        for name, view in vars(views).items():
+            if view is not None:
+                parts.append(turn.weight * (view * getattr(turn.gradients, name)).sum())
+        return {**shares, "total": torch.stack(parts).sum() * turn.scale}
+
+    def _passes(
+        self, batch: MicroBatch, step: int, lane: int, masked: Masked | None
+    ) -> tuple[Tensor, Tensor | None, Views]:
+        """States of the first pass and of the masked one (if there is one), and the lane's views."""
+        model, cells = self.model, batch.cells
+        self._seed(step, lane, FIRST)
+        states_TW = model.cell_states(cells)
+        masked_TW = None
+        if masked is not None:
+            self._seed(step, lane, MASKED)
+            masked_TW = model.cell_states(masked.cells)
+        if self.options.mgm_view == "shared":
+            assert masked_TW is not None
+            second_TW = masked_TW
+        else:
+            self._seed(step, lane, SECOND)
+            second_TW = model.cell_states(cells)
+        views = Views(
+            first_RZ=model.project_cells(states_TW, cells),
+            second_RZ=model.project_cells(second_TW, cells),
+            text_RZ=self._texts(batch, step, lane) if self.stage == 2 else None,
+            tau_1=self.temperature(states_TW.device),
+        )
+        return states_TW, masked_TW, views
+
+    def _texts(self, batch: MicroBatch, step: int, lane: int) -> Tensor:
         """z_t of each cell's drawn text [B, Z]; a distinct text is encoded once."""
         row_K, index_B = batch.text_row_B.unique(return_inverse=True)
         if self.text_locked:
             assert self.pooled_NH is not None, "pool_table() comes before the first step"
             return self.model.project_pooled(self.pooled_NH[row_K])[index_B]
+        self._seed(step, lane, TEXT)
         return self.model.project_texts(self.texts.packed.select(row_K))[index_B]
 
+    def _genes(self, masked_TW: Tensor | None, masked: Masked) -> Tensor:
+        assert masked_TW is not None
+        return gene_loss(self.model.gene_head, masked_TW, masked, self.options.mgm_chunk)
 
-def _both_ways(
-    z_BZ: Tensor,
-    text_BZ: Tensor,
-    cells_GZ: Tensor,
-    texts_GZ: Tensor,
-    relation: Relations,
-    row_B: Tensor,
-    tau: Tensor,
-) -> Tensor:
-    """C-T: the mean of cells against texts and texts against cells, summed over the local rows."""
-    positive_GG, excluded_GG = relation.positive_GG, relation.excluded_GG
-    to_text = cell_text(z_BZ, texts_GZ, positive_GG[row_B], excluded_GG[row_B], tau)
-    to_cell = cell_text(text_BZ, cells_GZ, positive_GG.T[row_B], excluded_GG.T[row_B], tau)
-    return (to_text + to_cell) / 2
+    def _match(self, batch: MicroBatch, step: int, lane: int, states_TW: Tensor, pairs: Pairs) -> Tensor:
+        self._seed(step, lane, MATCHING)
+        return matching_loss(self.model, states_TW, batch.cells, pairs, self.texts)
+
+    def _seed(self, step: int, lane: int, which: int) -> None:
+        """Seed the dropout of one pass by (seed, step, lane, pass), so that a pass can be repeated."""
+        if self.training:
+            torch.manual_seed(key(self.seed, step, DROPOUT, lane, which))
 
 
-def _gather_ids(batch: MicroBatch) -> Rows:
-    ids_BI = torch.stack(
-        [batch.soma_joinid_B, batch.text_id_B, batch.term_B, batch.text_row_B, batch.short_B.long()], dim=1
-    )
-    joinid_G, text_id_G, term_G, text_row_G, short_G = gather_rows(ids_BI).unbind(dim=1)
-    return Rows(joinid_G, text_id_G, term_G, text_row_G, short_G.bool())
+def views_of(looks: list[dict[str, Tensor | None]]) -> Views:
+    """The views of a rank's lanes from what `look` returned of each, as leaves of a graph of their own."""
+
+    def joined(name: str) -> Tensor | None:
+        parts = [look[name] for look in looks if look[name] is not None]
+        return torch.cat(parts).detach().requires_grad_() if parts else None  # type: ignore[arg-type]
+
+    first_RZ, second_RZ = joined("first_RZ"), joined("second_RZ")
+    assert first_RZ is not None
+    assert second_RZ is not None
+    tau_1 = looks[0]["tau_1"]
+    assert tau_1 is not None
+    return Views(first_RZ, second_RZ, joined("text_RZ"), tau_1.detach().requires_grad_())
+
+
+def turns(
+    views: Views, compared: Compared, weights: dict[str, float], genes: Tensor, lanes: Lanes
+) -> list[Turn]:
+    """What each lane that this rank runs is given for its turn.
+
+    views: of the owned lanes (`views_of`), from which `compared` was made; weights: of the losses; genes:
+    masked genes of all lanes.
+    """
+    count = len(views.first_RZ) // len(lanes.owned)
+    contrast = torch.stack([weights[name] * share for name, share in compared.shares.items()]).sum()
+    names = [name for name, view in vars(views).items() if view is not None]
+    found = torch.autograd.grad(contrast, [getattr(views, name) for name in names], allow_unused=True)
+    gradient = dict(zip(names, found, strict=True))
+
+    def of_lane(place: int) -> Views:
+        def rows(name: str) -> Tensor | None:
+            whole = gradient.get(name)
+            return None if whole is None else whole[place * count : (place + 1) * count]
+
+        first_RZ, second_RZ = rows("first_RZ"), rows("second_RZ")
+        assert first_RZ is not None
+        assert second_RZ is not None
+        tau_1 = gradient["tau_1"] if place == 0 else None  # the temperature is one for all lanes
+        return Views(
+            first_RZ, second_RZ, rows("text_RZ"), torch.zeros_like(views.tau_1) if tau_1 is None else tau_1
+        )
+
+    made = []
+    for place in range(lanes.each):
+        own = place if place < len(lanes.owned) else 0
+        lane = lanes.owned[own]
+        pairs = None if compared.pairs is None else compared.pairs.of_rows(lane * count, count)
+        weight = float(place < len(lanes.owned))
+        made.append(Turn(lane, weight, lanes.ranks * lanes.each, genes, of_lane(own), pairs))
+    return made

@@ -1,9 +1,10 @@
 """The DeepSpeed engine of one stage.
 
-ZeRO 1, 2 and 3 are one number in the configuration; the same AdamW, clipping and schedule run at
-each. What is pinned here and why: `gradient_clipping` always (DeepSpeed clips at 1.0 where it is
-absent), PyTorch's own AdamW (DeepSpeed's would compile C++ for a minute on first use), and no
-shared-memory CPU collectives (compiled likewise, and never used by training).
+ZeRO 1, 2 and 3 are one number in the configuration, with the optimiser's state on the CPU by another;
+the same AdamW, clipping and schedule run at each. What is pinned here and why: `gradient_clipping`
+always (DeepSpeed clips at 1.0 where it is absent), PyTorch's own fused AdamW (DeepSpeed's would compile
+C++ for a minute on first use), and no shared-memory CPU collectives (compiled likewise, and never used
+by training).
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from deepspeed import DeepSpeedEngine
 from torch import nn
 from transformers import get_cosine_schedule_with_warmup
 
+from langcell.model.langcell import LangCell
 from langcell.train.options import TrainOptions
 
 
@@ -50,16 +52,38 @@ def parameter_groups(
     ]
 
 
+def zero_config(options: TrainOptions, device: torch.device) -> dict[str, Any]:
+    """DeepSpeed's `zero_optimization`: the stage, and where the optimiser's state lives."""
+    config: dict[str, Any] = {"stage": options.zero}
+    if options.offload:
+        config["offload_optimizer"] = {"device": "cpu", "pin_memory": device.type == "cuda"}
+    return config
+
+
 def build_engine(
-    module: nn.Module, options: TrainOptions, *, lr: float, steps: int, device: torch.device
+    module: nn.Module,
+    options: TrainOptions,
+    *,
+    lr: float,
+    steps: int,
+    device: torch.device,
+    lanes: int = 1,
 ) -> DeepSpeedEngine:
     """The engine around `module`, in an initialised process group.
 
-    lr: peak rate of the cell side; steps: optimiser steps of the stage, for warm-up and cosine.
+    lr: peak rate of the cell side; steps: optimiser steps of the stage, for warm-up and cosine; lanes:
+    micro-batches that a rank runs in a step, each one call, one backward and one `engine.step()`, the
+    last of which moves the weights. The gradient is the mean over ranks and lanes.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    for part in module.modules():
+        if isinstance(part, LangCell):
+            if options.activation_checkpointing:
+                part.checkpoint_layers()
+            if options.compile:
+                part.compile_layers()
     optimizer = torch.optim.AdamW(
-        parameter_groups(module, lr, options.text_lr, options.weight_decay), fused=device.type == "cuda"
+        parameter_groups(module, lr, options.text_lr, options.weight_decay), fused=True
     )
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -67,19 +91,25 @@ def build_engine(
     schedule = get_cosine_schedule_with_warmup(
         optimizer, max(1, int(options.warmup_share * steps)), steps + 1, last_epoch=0
     )
+    bf16 = use_bf16(options, device)
+    config = {
+        "train_micro_batch_size_per_gpu": options.micro_batch,
+        "gradient_accumulation_steps": lanes,
+        "gradient_clipping": options.clip,
+        "zero_optimization": zero_config(options, device),
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "bf16": {"enabled": bf16},
+        "steps_per_print": 1 << 30,
+    }
+    if bf16 and lanes > 1:
+        # A lane's gradient is small beside the sum of many, and bf16 has 8 bits.
+        config["data_types"] = {"grad_accum_dtype": "fp32"}
     engine, *_ = deepspeed.initialize(
         model=module.to(device),
         optimizer=optimizer,
         lr_scheduler=schedule,
         dist_init_required=False,
-        config={
-            "train_micro_batch_size_per_gpu": options.micro_batch,
-            "gradient_accumulation_steps": 1,
-            "gradient_clipping": options.clip,
-            "zero_optimization": {"stage": options.zero},
-            "zero_allow_untested_optimizer": True,
-            "bf16": {"enabled": use_bf16(options, device)},
-            "steps_per_print": 1 << 30,
-        },
+        config=config,
     )
     return engine

@@ -1,12 +1,10 @@
 """What one Ray Train worker does: one stage, from its first micro-batch to its last checkpoint.
 
-Both stages run this loop; they differ in their losses alone. A worker owns one lane. Each step: a
-micro-batch from the rank's stream, dropout seeded by (seed, step, lane), one engine call, one
-backward, one optimiser step. No call of a module depends on rank-local data, so that ZeRO-3 never
-waits for a rank that has nothing to do. At an epoch's end: the losses on the `val` split, zero-shot
-figures from the function that the recipe hands in, a checkpoint.
+Both stages run this loop; they differ in their losses alone. Each step: the micro-batches of the rank's
+lanes from its stream, one optimiser step (`step`), a row of metrics. At an epoch's end: the losses on the
+`val` split, zero-shot figures from the function that the recipe hands in, a checkpoint.
 
-Shape suffixes: L losses.
+Shape suffixes: L losses and counts, W ranks.
 """
 
 from __future__ import annotations
@@ -20,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import ray.train
 import ray.train.torch
 import torch
@@ -30,20 +29,19 @@ from ray.experimental import tqdm_ray
 from langcell.batch import MicroBatch, TextTable
 from langcell.corpus.options import CorpusOptions
 from langcell.corpus.plan import Plan
-from langcell.corpus.stream import Position, deal_window, micro_batch, stream
+from langcell.corpus.stream import Position, deal_round, micro_batch, stream
 from langcell.corpus.text_table import load_text_table
 from langcell.model.interop import build_model, load_tokenizer
 from langcell.model.langcell import LangCell
 from langcell.model.options import ModelOptions
-from langcell.objective.draws import key
+from langcell.objective.lanes import Lanes
 from langcell.objective.options import ObjectiveOptions
 from langcell.objective.stages import LOSSES, Stage
 from langcell.train import checkpoint as ckpt
 from langcell.train.engine import build_engine
 from langcell.train.metrics import Metrics
 from langcell.train.options import TrainOptions
-
-DROPOUT = 21  # purpose of the draws
+from langcell.train.step import run_step
 
 
 @dataclass(frozen=True)
@@ -96,6 +94,7 @@ class _Worker:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
         texts = load_text_table(task.corpus.dir, load_tokenizer(task.model.text_init), task.text_length)
         self.texts: TextTable = texts
+        self.lanes = Lanes.here(task.plan.lanes)
         self.engine = self._engine()
         self.start = Position(0, 0)
         latest = ray.train.get_checkpoint()
@@ -123,7 +122,12 @@ class _Worker:
         if task.stage == 2 and stage.text_locked:
             stage.to(self.device).pool_table()
         return build_engine(
-            stage, task.train, lr=task.lr, steps=task.epochs * task.plan.steps, device=self.device
+            stage,
+            task.train,
+            lr=task.lr,
+            steps=task.epochs * task.plan.steps,
+            device=self.device,
+            lanes=self.lanes.each,
         )
 
     def run(self) -> None:
@@ -136,9 +140,11 @@ class _Worker:
             bar.update(first - task.first_step)
         rows: list[dict[str, float]] = []
         waited = time.perf_counter()
-        for position, batch in self._batches():
+        for position, batches in self._batches():
             began = time.perf_counter()
-            losses, tokens = self._step(batch, self._global_step(position))
+            shares = run_step(self.engine, self.lanes, batches, self._global_step(position))
+            tokens = sum(batch.cells.tokens_T.numel() for batch in batches)
+            losses, all_tokens, wait = self._global(shares, tokens, began - waited)
             ended = time.perf_counter()
             seconds = ended - waited
             row = {
@@ -147,10 +153,11 @@ class _Worker:
                 "stage": task.stage,
                 "time": time.time(),
                 "cells_per_s": plan.global_batch / seconds,
-                "tokens_per_s": tokens / seconds,
-                "data_wait": (began - waited) / seconds,
+                "tokens_per_s": all_tokens / seconds,
+                "data_wait": wait / seconds,
                 "lr": self.engine.get_lr()[0],
                 "grad_norm": float(self.engine.get_global_grad_norm()),
+                "ctm_empty": float(shares.get("empty", 0.0)),
             }
             waited = ended
             rows.append(losses)
@@ -170,39 +177,43 @@ class _Worker:
     def _global_step(self, position: Position) -> int:
         return self.task.first_step + position.epoch * self.task.plan.steps + position.step
 
-    def _batches(self) -> Iterator[tuple[Position, MicroBatch]]:
+    def _batches(self) -> Iterator[tuple[Position, list[MicroBatch]]]:
         task = self.task
         for chatty in ("ray.train", "ray.data"):
             logging.getLogger(chatty).setLevel(logging.WARNING)
-        rows = stream(
+        steps = stream(
             task.corpus.dir,
             task.plan,
-            lane=self.rank,
+            lanes=self.lanes.owned,
             epochs=task.epochs,
             start=self.start,
             prefetch=task.corpus.prefetch,
         )
-        for position, row in rows:
-            batch = micro_batch(
-                row, self.texts, epoch=position.epoch, short_share=task.short_share, seed=task.train.seed
+        for position, rows in steps:
+            yield position, self._micro_batches(rows, position.epoch, task.short_share)
+
+    def _micro_batches(self, rows: pa.Table, epoch: int, short_share: float) -> list[MicroBatch]:
+        seed = self.task.train.seed
+        return [
+            micro_batch(rows.slice(i, 1), self.texts, epoch=epoch, short_share=short_share, seed=seed).to(
+                self.device
             )
-            yield position, batch.to(self.device)
+            for i in range(len(rows))
+        ]
 
-    def _step(self, batch: MicroBatch, step: int) -> tuple[dict[str, float], float]:
-        """One optimiser step; the global losses and the tokens of all ranks."""
-        torch.manual_seed(key(self.task.train.seed, step, DROPOUT + self.rank))
-        shares = self.engine(batch, step)
-        self.engine.backward(shares["total"])
-        self.engine.step()
-        return self._global(shares, float(batch.cells.tokens_T.numel()))
-
-    def _global(self, shares: dict[str, torch.Tensor], tokens: float) -> tuple[dict[str, float], float]:
+    def _global(
+        self, shares: dict[str, torch.Tensor], tokens: float = 0.0, wait: float = 0.0
+    ) -> tuple[dict[str, float], float, float]:
+        """Losses and tokens of all ranks, and the longest time (s) that one of them waited for data: the
+        others wait for that rank in their next collective."""
         names = LOSSES[self.task.stage]
-        values_L = torch.stack([shares[name].detach().float() for name in names])
-        values_L = torch.cat([values_L, values_L.new_tensor([tokens])])
+        values_L = torch.stack([shares[name].float() for name in names])
+        waits_W = values_L.new_zeros(self.lanes.ranks)
+        waits_W[self.lanes.rank] = wait
+        values_L = torch.cat([values_L, values_L.new_tensor([tokens]), waits_W])
         dist.all_reduce(values_L)
-        *losses, total_tokens = values_L.tolist()
-        return dict(zip(names, losses, strict=True)), total_tokens
+        *losses, total_tokens = values_L[: len(names) + 1].tolist()
+        return dict(zip(names, losses, strict=True)), total_tokens, max(values_L[len(names) + 1 :].tolist())
 
     def _end_epoch(self, epoch: int, rows: list[dict[str, float]], val: dict[str, float]) -> None:
         task = self.task
@@ -220,7 +231,6 @@ class _Worker:
         if last or (epoch + 1) % task.train.checkpoint_epochs == 0:
             self._checkpoint(epoch, report)
 
-    @torch.no_grad()
     def _validate(self) -> dict[str, float]:
         """Mean losses over whole global batches of the `val` split, dropout off, the same draws each time."""
         plan = self.task.val_plan
@@ -228,13 +238,11 @@ class _Worker:
             return {}
         self.engine.eval()
         sums: dict[str, float] = {}
-        for window in plan.windows(0, self.rank):
-            rows = deal_window(self.task.corpus.dir, plan, window)
-            for i in range(len(rows)):
-                batch = micro_batch(
-                    rows.slice(i, 1), self.texts, epoch=0, short_share=0.0, seed=self.task.train.seed
-                )
-                losses, _ = self._global(self.engine(batch.to(self.device), 0), 0.0)
+        for windows in zip(*(plan.windows(0, lane) for lane in self.lanes.owned), strict=True):
+            rows, k = deal_round(self.task.corpus.dir, plan, windows), len(windows)
+            for i in range(0, len(rows), k):
+                batches = self._micro_batches(rows.slice(i, k), 0, 0.0)
+                losses, *_ = self._global(run_step(self.engine, self.lanes, batches, 0, learn=False))
                 for name, loss in losses.items():
                     sums[name] = sums.get(name, 0.0) + loss / plan.steps
         self.engine.train()

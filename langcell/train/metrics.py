@@ -23,6 +23,7 @@ GAUGES = {
     "tokens_per_s": "Gene tokens trained per second, all workers",
     "data_wait": "Share of the step's time spent waiting for data (0 to 1)",
     "grad_norm": "Global gradient norm before clipping",
+    "ctm_empty": "Draws of matching pairs that found no partner in the global batch",
     "lr": "Learning rate of the cell side",
 }
 

@@ -17,7 +17,7 @@ class TrainOptions:
     global_batch: int = 256
     """G: cells of one optimiser step over all workers (cells)."""
     micro_batch: int = 128
-    """B: cells of one lane's forward (cells); G / B lanes, one a worker."""
+    """B: cells of one lane's forward (cells); G / B lanes, at least one a worker. With several a worker, gradients accumulate and the contrastive batch stays G."""
     stage1_epochs: int = 3
     """Epochs of stage 1, masked genes and cell-cell contrast (epochs)."""
     stage2_epochs: int = 3
@@ -36,6 +36,12 @@ class TrainOptions:
     """Global gradient norm that gradients are clipped to (L2 norm)."""
     zero: Literal[1, 2, 3] = 2
     """DeepSpeed ZeRO stage: 1, 2 or 3."""
+    offload: bool = False
+    """Whether the optimiser's state (12 bytes a parameter) lives and is updated on the CPU, each rank its share."""
+    activation_checkpointing: bool = False
+    """Whether the encoders keep only what enters each layer and compute the rest again in the backward: less memory, a third more work."""
+    compile: bool = False
+    """Whether the encoders' layers are compiled (torch.compile, any length)."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`fp32`, `bf16`, or `auto` (bf16 on GPUs that have it, else fp32)."""
     seed: int = 0
@@ -44,6 +50,8 @@ class TrainOptions:
     """Epochs between checkpoints (epochs); a stage's last epoch always has one."""
     evaluate_epochs: int = 1
     """Epochs of stage 2 between zero-shot evaluations (epochs)."""
+    profile: int = 0
+    """Steps of each stage whose trace rank 0 writes to `profile/` in the run directory (count); 0: none. The stage's first three steps are left out."""
     max_failures: int = 2
     """Times that a stage is restarted from its last checkpoint after a worker died (count)."""
     collective_timeout_s: float = 600.0

@@ -35,12 +35,18 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Plan]:
     return str(root), Plan(tuple(groups), seed=3, global_batch=8, micro_batch=4, window_steps=5)
 
 
-def _read(corpus: tuple[str, Plan], lane: int, start: Position) -> list[tuple[int, int, list[int]]]:
+def _steps(
+    corpus: tuple[str, Plan], lanes: list[int], start: Position
+) -> list[tuple[int, int, list[list[int]]]]:
     directory, plan = corpus
     return [
-        (position.epoch, position.step, row["soma_joinid"][0].as_py())
-        for position, row in stream(directory, plan, lane=lane, epochs=2, start=start, prefetch=2)
+        (position.epoch, position.step, rows["soma_joinid"].to_pylist())
+        for position, rows in stream(directory, plan, lanes=lanes, epochs=2, start=start, prefetch=2)
     ]
+
+
+def _read(corpus: tuple[str, Plan], lane: int, start: Position) -> list[tuple[int, int, list[int]]]:
+    return [(epoch, step, joinid) for epoch, step, [joinid] in _steps(corpus, [lane], start)]
 
 
 def test_streams_follow_the_plan_and_resume_in_it(ray_session: None, corpus: tuple[str, Plan]) -> None:
@@ -60,6 +66,9 @@ def test_streams_follow_the_plan_and_resume_in_it(ray_session: None, corpus: tup
     for epoch in (0, 1):
         seen = [j for rows in lanes for e, _, joinid in rows if e == epoch for j in joinid]
         assert len(seen) == len(set(seen)) == plan.cells - plan.dropped
+    both = [(*a[:2], [a[2], b[2]]) for a, b in zip(*lanes, strict=True)]
+    assert _steps(corpus, [0, 1], Position(0, 0)) == both  # a rank that owns two: step by step
+    assert _steps(corpus, [0, 1], Position(0, 7)) == both[7:]
     assert _read(corpus, 1, Position(0, 7)) == lanes[1][7:]
     assert _read(corpus, 0, Position(1, 0)) == lanes[0][plan.steps :]
 
@@ -69,9 +78,9 @@ def test_tokens_stay_with_their_cell(corpus: tuple[str, Plan]) -> None:
     table = TextTable(
         Packed.from_sequences([[i] for i in range(6)]),
         text_id=np.array(TEXTS),
-        term=np.array([0, -1, 1]),
-        variants=2,
-        related_CC=torch.zeros(2, 2, dtype=torch.bool),
+        row_KV=np.arange(6).reshape(3, 2),
+        term=np.array([0, 2, 1]),
+        related_CC=torch.zeros(3, 3, dtype=torch.bool),
     )
     for window in plan.windows(0, 0):
         rows = deal_window(directory, plan, window)
@@ -81,14 +90,16 @@ def test_tokens_stay_with_their_cell(corpus: tuple[str, Plan]) -> None:
             assert torch.equal(batch.cells.tokens_T[batch.cells.starts_B], batch.soma_joinid_B)
             text = batch.soma_joinid_B % 3
             assert torch.equal(batch.text_id_B, torch.tensor(TEXTS)[text])
-            assert torch.equal(batch.term_B, torch.tensor([0, -1, 1])[text])
+            assert torch.equal(batch.term_B, torch.tensor([0, 2, 1])[text])
             assert torch.equal(batch.text_row_B, 2 * text + batch.short_B)
 
 
 def test_a_text_that_the_table_lacks_is_an_error(corpus: tuple[str, Plan]) -> None:
     directory, plan = corpus
     [window, *_] = plan.windows(0, 0)
-    table = TextTable(Packed.from_sequences([[0]]), np.array([11]), np.array([0]), 1, torch.zeros(1, 1))
+    table = TextTable(
+        Packed.from_sequences([[0]]), np.array([11]), np.zeros((1, 1), int), np.array([0]), torch.zeros(1, 1)
+    )
     with pytest.raises(KeyError, match="not in the corpus's text table"):
         micro_batch(deal_window(directory, plan, window).slice(0, 1), table, epoch=0, short_share=0, seed=0)
 

@@ -48,12 +48,19 @@ def test_loaded_rows_are_the_tokens_of_each_variant(described, tokenizer, tmp_pa
         caplog.clear()
         table = load_text_table(str(tmp_path), tokenizer, max_length)
         assert table.variants == 3
-        assert len(table.packed) == 3 * len(texts)
-        assert (table.term == texts.term_index).all()
-        assert torch.equal(table.related_CC, related_terms(texts))
-        row_B = table.index(texts.text_id[text_of_cell]) * table.variants
+        words = [variant for variants in texts.variants for variant in variants]
+        assert len(table.packed) == len(set(words))
+        same_words = np.array(words)[:, None] == np.array(words)
+        assert ((table.row_KV.ravel()[:, None] == table.row_KV.ravel()) == same_words).all()
+        known = texts.term_index >= 0
+        assert (table.term[known] == texts.term_index[known]).all()
+        assert (table.term[~known] >= len(texts.terms)).all()
+        n = len(texts.terms)
+        assert torch.equal(table.related_CC[:n, :n], related_terms(texts))
+        assert not table.related_CC[n:].any()
+        index_B = table.index(texts.text_id[text_of_cell])
         for variant in range(table.variants):
-            packed = table.packed.select(torch.from_numpy(row_B[:20] + variant))
+            packed = table.packed.select(torch.from_numpy(table.row_KV[index_B[:20], variant]))
             for k in range(20):
                 expected = tokenizer(
                     texts.variants[text_of_cell[k]][variant], truncation=True, max_length=max_length

@@ -129,10 +129,10 @@ def test_held_out_type_that_is_not_in_the_data(refused: Refused) -> None:
     assert "held_out_types" in message
 
 
-def test_several_lanes_per_worker(refused: Refused) -> None:
-    message = refused("--train.micro_batch=4")
-    assert "4 lanes for 2 workers" in message
-    assert "One lane a worker" in message
+def test_fewer_lanes_than_workers(refused: Refused) -> None:
+    message = refused("--train.num_workers=3")
+    assert "2 lanes for 3 workers" in message
+    assert "num_workers" in message
 
 
 def test_the_shell_sees_the_message_alone(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 
 from langcell.objective import draws
 from langcell.objective.contrastive import Temperature, cell_cell, cell_text
+from langcell.objective.global_batch import Views
+from langcell.objective.lanes import Lanes
 from langcell.objective.masked_gene import mask_genes
 from langcell.objective.negatives import Rows, relations
 from tests.objective import toy
@@ -41,7 +43,7 @@ def test_cell_text_counts_multiplicity_and_leaves_related_out() -> None:
     """A direct reading of the design: target uniform over columns of the same text, related columns
     out of the denominator, every column a cell's text."""
     batch, tau = toy.batch(), 0.1
-    relation = relations(_rows(batch), toy.texts().related_CC, paper=False)
+    relation = relations(_rows(batch), torch.arange(8), toy.texts().related_CC, paper=False, of="cells")
     z, t = _unit(8, 0), _unit(8, 1)
     expected = 0.0
     related = {(0, 1), (1, 0)}
@@ -56,43 +58,65 @@ def test_cell_text_counts_multiplicity_and_leaves_related_out() -> None:
         logits = {j: float(z[i] @ t[j]) / tau for j in range(8)}
         log_z = math.log(sum(math.exp(logits[j]) for j in kept))
         expected += sum(log_z - logits[j] for j in same) / len(same)
-    loss = cell_text(z, t, relation.positive_GG, relation.excluded_GG, torch.tensor(tau))
+    loss = cell_text(z, t, relation.positive_RG, relation.excluded_RG, torch.tensor(tau))
     assert float(loss) == pytest.approx(expected, rel=1e-5)
 
 
 def test_paper_preset_is_plain_clip() -> None:
-    relation = relations(_rows(toy.batch()), toy.texts().related_CC, paper=True)
+    relation = relations(_rows(toy.batch()), torch.arange(8), toy.texts().related_CC, paper=True, of="cells")
     z, t = _unit(8, 0), _unit(8, 1)
-    loss = cell_text(z, t, relation.positive_GG, relation.excluded_GG, torch.tensor(0.05))
+    loss = cell_text(z, t, relation.positive_RG, relation.excluded_RG, torch.tensor(0.05))
     expected = F.cross_entropy(z @ t.T / 0.05, torch.arange(8), reduction="sum")
     assert float(loss) == pytest.approx(float(expected), rel=1e-5)
 
 
-def test_stage_two_matching_loss_equals_pairs_one_by_one() -> None:
-    """CTM through the stage equals the mean over pairs evaluated alone from the mined list."""
-    from langcell.objective.negatives import initiators, mine_pairs
-
-    stage = toy.stage(2).eval()
+@pytest.mark.parametrize("mining", ["exact", "balanced"])
+def test_stage_two_matching_loss_equals_pairs_one_by_one(mining: str) -> None:
+    """CTM through the stage equals the weighted sum over pairs evaluated alone from the mined list."""
+    stage = toy.stage(2, ctm_mining=mining).eval()
     batch = toy.batch()
     with torch.no_grad():
         shares = stage(batch, 3)
         model, texts = stage.model, stage.texts
         z = model.project_cells(model.cell_states(batch.cells), batch.cells)
         t = model.project_texts(texts.packed.select(batch.text_row_B))
-        relation = relations(_rows(batch), texts.related_CC, paper=False)
-        everyone = initiators(batch.soma_joinid_B, 1, None, seed=toy.SEED, step=3)
-        pairs = mine_pairs(z @ t.T / 0.05, relation, batch.soma_joinid_B, everyone, seed=toy.SEED, step=3)
+        views = Views(z, z, t, torch.tensor([0.05]))
+        pairs = stage.compare(views, [batch], Lanes.here(), 3).pairs
+        assert pairs is not None
         assert pairs.match_P.sum() == 8
         total = 0.0
-        for cell, text, match, weight in zip(
-            pairs.cell_P, pairs.text_P, pairs.match_P, pairs.weight_P, strict=True
-        ):
+        for cell, text_row, match, weight in zip(*vars(pairs).values(), strict=True):
             one = batch.cells.select(cell[None])
             states = model.cell_states(one)
-            described = texts.packed.select(batch.text_row_B[text][None])
-            logits = model.match(states, one, described, torch.zeros(1, dtype=torch.int64))
+            logits = model.match(
+                states, one, texts.packed.select(text_row[None]), torch.zeros(1, dtype=torch.int64)
+            )
             total += float(weight * F.cross_entropy(logits, match.long()[None]))
-    assert float(shares["ctm"]) == pytest.approx(total / float(pairs.weight_P.sum()), rel=1e-4)
+    assert float(shares["ctm"]) == pytest.approx(total, rel=1e-4)
+
+
+@pytest.mark.parametrize(("masked", "chunk"), [(0, 4), (1, 4), (4, 4), (5, 4), (9, 100)])
+def test_gene_loss_in_chunks_is_cross_entropy(masked: int, chunk: int) -> None:
+    head = toy.model().gene_head.double()
+    target = torch.randint(2, toy.VOCAB, (masked,), generator=torch.Generator().manual_seed(1))
+    found = []
+    for whole in (True, False):
+        states = torch.randn(masked, 16, generator=torch.Generator().manual_seed(2)).double()
+        states.requires_grad_()
+        head.zero_grad()
+        loss = (
+            F.cross_entropy(head(states), target, reduction="sum") if whole else head(states, target, chunk)
+        )
+        (3 * loss).backward()
+        gradients = {name: p.grad.clone() for name, p in head.named_parameters() if p.grad is not None}
+        found.append((loss.detach().double(), states.grad, gradients))
+    torch.testing.assert_close(found[0][0], found[1][0], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(found[0][1], found[1][1], rtol=1e-5, atol=1e-7)  # logits are float32
+    assert found[0][2].keys() == found[1][2].keys()
+    for name, gradient in found[0][2].items():
+        torch.testing.assert_close(gradient, found[1][2][name], rtol=1e-5, atol=1e-6, msg=name)
+    with torch.no_grad():
+        assert float(head(states, target, chunk)) == pytest.approx(float(found[0][0]), rel=1e-6)
 
 
 def test_masking_follows_bert_and_never_touches_cls() -> None:

@@ -13,11 +13,11 @@ from langcell.objective.stages import Stage
 VOCAB = 40  # <pad>, <mask>, 37 genes, <cls>
 CLS = VOCAB - 1
 SEED = 7
-# Eight cells of four texts, unevenly: the first half holds text 0 three times, the second text 2.
-TEXT = [0, 0, 0, 1, 2, 3, 2, 1]
-VARIANT = [0, 0, 0, 1, 0, 0, 0, 1]
+# Twelve cells of four texts, unevenly: the first four hold text 0 three times, the last four one text.
+TEXT = [0, 0, 0, 1, 2, 3, 2, 1, 3, 3, 3, 3]
+VARIANT = [0, 0, 0, 1, 0, 0, 0, 1, 0, 0, 0, 0]
 TERM = [0, 1, 2, 1]  # term of each text; texts 1 and 3 share one
-LENGTH = [9, 5, 12, 7, 7, 11, 4, 10]
+LENGTH = [9, 5, 12, 7, 7, 11, 4, 10, 6, 13, 8, 3]
 
 
 def model(dropout: float = 0.0, double: bool = False) -> LangCell:
@@ -49,14 +49,14 @@ def texts() -> TextTable:
     return TextTable(
         Packed.from_sequences(rows),
         text_id=torch.tensor([100, 200, 300, 400]).numpy(),
+        row_KV=torch.arange(8).view(4, 2).numpy(),
         term=torch.tensor(TERM).numpy(),
-        variants=2,
         related_CC=related,
     )
 
 
 def batch(first: int = 0, count: int = 8) -> MicroBatch:
-    """Cells [first, first + count) of the eight."""
+    """Cells [first, first + count) of the twelve."""
     generator = torch.Generator().manual_seed(2)
     sentences = [
         torch.cat([torch.tensor([CLS]), 2 + torch.randperm(VOCAB - 3, generator=generator)[: n - 1]]).numpy()
@@ -66,7 +66,7 @@ def batch(first: int = 0, count: int = 8) -> MicroBatch:
     text, variant = torch.tensor(TEXT[here]), torch.tensor(VARIANT[here])
     return MicroBatch(
         cells=Packed.from_sequences(sentences[here]),
-        soma_joinid_B=torch.arange(8)[here] * 31 + 5,
+        soma_joinid_B=torch.arange(len(TEXT))[here] * 31 + 5,
         text_id_B=(text + 1) * 100,
         term_B=torch.tensor(TERM)[text],
         text_row_B=text * 2 + variant,

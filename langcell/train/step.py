@@ -1,0 +1,61 @@
+"""One optimiser step of one rank: the engine calls, whatever the number of lanes that the rank owns.
+
+One lane: one forward, one backward. Several: every lane is looked at without gradient, the views of all
+lanes are compared, then each lane has its turn, one engine call and one backward, whose gradients DeepSpeed
+accumulates (`gradient_accumulation_steps` is the number of lanes a rank runs, and `engine.step()` only counts
+until the last). The calls of modules depend on nothing but V and W, so that ZeRO-3 never waits.
+
+With several lanes ZeRO 1 reduces gradients once a step, ZeRO 2 and 3 once a lane.
+"""
+
+from __future__ import annotations
+
+import torch
+from deepspeed import DeepSpeedEngine
+from torch import Tensor
+
+from langcell.batch import MicroBatch
+from langcell.objective.gather import sum_over_ranks
+from langcell.objective.lanes import Lanes
+from langcell.objective.stages import turns, views_of
+
+
+def run_step(
+    engine: DeepSpeedEngine, lanes: Lanes, batches: list[MicroBatch], step: int, *, learn: bool = True
+) -> dict[str, Tensor]:
+    """One optimiser step (with `learn`; else the losses alone); this rank's share of each loss, detached.
+
+    engine: around a `Stage`; batches: of the owned lanes, in order; step: the global step. Beside the losses
+    `empty`: the CTM draws of all lanes that found no partner, the same on every rank.
+    """
+    if lanes.total == lanes.ranks:
+        with torch.set_grad_enabled(learn):
+            shares = engine(batches[0], step)
+        if learn:
+            engine.backward(shares["total"])
+            engine.step()
+        return {name: share.detach() for name, share in shares.items()}
+
+    stage = engine.module
+    with torch.no_grad():
+        runs = [lane % len(batches) for lane in range(lanes.each)]
+        looks = [engine(batches[i], step, look=lanes.owned[i]) for i in runs][: len(batches)]
+        genes = torch.tensor(
+            float(sum(stage.mask(batch, step).index_M.numel() for batch in batches)),
+            device=batches[0].cells.tokens_T.device,
+        )
+    views = views_of(looks)
+    with torch.enable_grad():
+        compared = stage.compare(views, batches, lanes, step)
+        taken = turns(views, compared, stage.weights, sum_over_ranks(genes).clamp(min=1), lanes)
+    summed: dict[str, Tensor] = {**compared.shares, "empty": compared.empty}
+    for i, turn in zip(runs, taken, strict=True):
+        with torch.set_grad_enabled(learn):
+            shares = engine(batches[i], step, turn=turn)
+        if learn:
+            engine.backward(shares["total"])
+            engine.step()
+        for name, share in shares.items():
+            if name != "total":
+                summed[name] = summed.get(name, 0) + share.detach()
+    return {name: share.detach() for name, share in summed.items()}
