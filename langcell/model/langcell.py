@@ -51,11 +51,12 @@ class LangCell(nn.Module):
     def compile_layers(self) -> None:
         """From now on the layers of both encoders are compiled at their first call, for any length.
 
-        Layer by layer: one compilation serves all layers of an encoder, and names of parameters stay.
+        Layer by layer: one compilation serves all layers of an encoder, and names of parameters stay. They
+        draw the dropout that they would uncompiled, with and without gradient the same.
         """
         for bert in (self.cell_bert, self.text_bert):
             for layer in bert.encoder.layer:
-                layer.compile(dynamic=True)
+                layer.compile(dynamic=True, options={"fallback_random": True})
 
     def cell_states(self, cells: Packed) -> Tensor:
         """f: all states of the cell encoder [T, W]."""

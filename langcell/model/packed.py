@@ -14,6 +14,8 @@ Shape suffixes: T query tokens, S key tokens, B sequences, H heads, D head width
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +43,12 @@ class Spans:
         """Self-attention: every token sees its own sequence."""
         return cls(packed.cu_seqlens_B1, packed.cu_seqlens_B1, packed.max_seqlen, packed.max_seqlen)
 
+    @cached_property
+    def runs(self) -> list[tuple[int, int, int]]:
+        """Runs of neighbours that are alike: how many sequences, and the queries and the keys of each."""
+        lengths = zip(self.cu_q_B1.diff().tolist(), self.cu_k_B1.diff().tolist(), strict=True)
+        return [(len(list(run)), *alike) for alike, run in groupby(lengths)]
+
 
 def attend(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, spans: Spans, scale: float) -> Tensor:
     """Softmax attention inside each span; returns [T, H, D].
@@ -55,33 +63,17 @@ def attend(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, spans: Spans, scale: flo
         )
         assert isinstance(out, Tensor)
         return out
+    # `split`, whose backward is one concatenation; a slice's would fill and add a tensor of all tokens each.
+    of_q, of_k = [n * q for n, q, _ in spans.runs], [n * k for n, _, k in spans.runs]
     parts = []
-    for (q0, q1), (k0, k1), n in _runs(spans):
-        q, k, v = (
-            x.unflatten(0, (n, -1)).transpose(1, 2) for x in (q_THD[q0:q1], k_SHD[k0:k1], v_SHD[k0:k1])
-        )
-        out = F.scaled_dot_product_attention(q, k, v, scale=scale)
-        parts.append(out.transpose(1, 2).flatten(0, 1))
+    for (n, lq, _), *qkv in zip(
+        spans.runs, q_THD.split(of_q), k_SHD.split(of_k), v_SHD.split(of_k), strict=True
+    ):
+        if lq:
+            q, k, v = (x.unflatten(0, (n, -1)).transpose(1, 2) for x in qkv)
+            out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+            parts.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts) if parts else q_THD
-
-
-def _runs(spans: Spans) -> list[tuple[tuple[int, int], tuple[int, int], int]]:
-    """Consecutive sequences of equal query and key lengths, as (query span, key span, count)."""
-    q, k = spans.cu_q_B1.tolist(), spans.cu_k_B1.tolist()
-    runs: list[tuple[tuple[int, int], tuple[int, int], int]] = []
-    last = (-1, -1)
-    for b in range(len(q) - 1):
-        lengths = (q[b + 1] - q[b], k[b + 1] - k[b])
-        if lengths[0] == 0:
-            last = (-1, -1)
-            continue
-        if lengths == last:
-            (q0, _), (k0, _), n = runs[-1]
-            runs[-1] = ((q0, q[b + 1]), (k0, k[b + 1]), n + 1)
-        else:
-            runs.append(((q[b], q[b + 1]), (k[b], k[b + 1]), 1))
-        last = lengths
-    return runs
 
 
 def _hf_attention(

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from langcell.batch import MicroBatch, TextTable
+from langcell.model.flops import count_work
 from langcell.model.langcell import LangCell
 from langcell.objective.contrastive import Temperature
 from langcell.objective.draws import key
@@ -34,7 +35,7 @@ from langcell.objective.gather import sum_over_ranks, world
 from langcell.objective.global_batch import Compared, Views, compare
 from langcell.objective.lanes import Lanes
 from langcell.objective.masked_gene import Masked, gene_loss, mask_genes
-from langcell.objective.matching import Pairs, matching_loss
+from langcell.objective.matching import DistinctPairs, Pairs, distinct_pairs, matching_loss
 from langcell.objective.options import ObjectiveOptions
 
 TEXT_MODULES = ("text_bert", "text_proj", "ctm_head")
@@ -47,7 +48,7 @@ FIRST, SECOND, MASKED, TEXT, MATCHING = range(5)  # passes, each with a seed of 
 class Turn:
     """One lane's forward in a step of several. lane; weight: 0 where a lane is run again only to keep the
     ranks abreast; scale: of `total`; genes: masked genes of all lanes (float32 scalar); gradients: of the
-    weighted contrast with respect to the lane's views; pairs: the lane's own."""
+    weighted contrast with respect to the lane's views; pairs: of all lanes that this rank knows of."""
 
     lane: int
     weight: float
@@ -113,6 +114,9 @@ class Stage(nn.Module):
         given. With several, `look` names the lane whose views are asked for (`views_of` reads the result,
         meant to be made without gradient), and `turn` what came of comparing them: then `mgm` and `ctm`
         alone are told, weighted, and `total` holds all losses.
+
+        Beside the losses: `empty`, the draws of all lanes without a partner (one lane a rank), and `work`,
+        the lane's counts as `model.flops.count_work` gives them.
         """
         if look is not None:
             return self._look(batch, step, look)
@@ -124,11 +128,12 @@ class Stage(nn.Module):
         compared = self.compare(views, [batch], Lanes.here(), step)
         genes = sum_over_ranks(views.tau_1.new_tensor(float(masked.index_M.numel()))).clamp(min=1)
         shares = {"mgm": self._genes(masked_TW, masked) / genes, **compared.shares}
-        if compared.pairs is not None:
-            own = compared.pairs.of_rows(rank * len(batch), len(batch))
-            shares["ctm"] = self._match(batch, step, rank, states_TW, own)
+        pairs = self._pairs(compared.pairs, rank, len(batch))
+        if pairs is not None:
+            shares["ctm"] = self._match(batch, step, rank, states_TW, pairs)
         total = torch.stack([self.weights[name] * share for name, share in shares.items()]).sum()
-        return {**shares, "empty": compared.empty, "total": total * ranks}
+        told = {"empty": compared.empty, "work": self._work(batch, masked, pairs)}
+        return {**shares, **told, "total": total * ranks}
 
     def mask(self, batch: MicroBatch, step: int) -> Masked:
         """The lane's cells with masked genes, the same whenever they are asked for."""
@@ -153,14 +158,16 @@ class Stage(nn.Module):
         masked = self.mask(batch, step)
         states_TW, masked_TW, views = self._passes(batch, step, turn.lane, masked)
         shares = {"mgm": self._genes(masked_TW, masked) / turn.genes}
-        if turn.pairs is not None:
-            shares["ctm"] = self._match(batch, step, turn.lane, states_TW, turn.pairs)
+        pairs = self._pairs(turn.pairs, turn.lane, len(batch))
+        if pairs is not None:
+            shares["ctm"] = self._match(batch, step, turn.lane, states_TW, pairs)
         shares = {name: turn.weight * share for name, share in shares.items()}
         parts = [self.weights[name] * share for name, share in shares.items()]
         for name, view in vars(views).items():
             if view is not None:
                 parts.append(turn.weight * (view * getattr(turn.gradients, name)).sum())
-        return {**shares, "total": torch.stack(parts).sum() * turn.scale}
+        work_N = turn.weight * self._work(batch, masked, pairs)
+        return {**shares, "work": work_N, "total": torch.stack(parts).sum() * turn.scale}
 
     def _passes(
         self, batch: MicroBatch, step: int, lane: int, masked: Masked | None
@@ -200,9 +207,30 @@ class Stage(nn.Module):
         assert masked_TW is not None
         return gene_loss(self.model.gene_head, masked_TW, masked, self.options.mgm_chunk)
 
-    def _match(self, batch: MicroBatch, step: int, lane: int, states_TW: Tensor, pairs: Pairs) -> Tensor:
+    def _pairs(self, pairs: Pairs | None, lane: int, count: int) -> DistinctPairs | None:
+        """Those of a lane of `count` cells, each once."""
+        if pairs is None:
+            return None
+        return distinct_pairs(pairs.of_rows(lane * count, count), len(self.texts.packed))
+
+    def _match(
+        self, batch: MicroBatch, step: int, lane: int, states_TW: Tensor, pairs: DistinctPairs
+    ) -> Tensor:
         self._seed(step, lane, MATCHING)
         return matching_loss(self.model, states_TW, batch.cells, pairs, self.texts)
+
+    @torch.no_grad()
+    def _work(self, batch: MicroBatch, masked: Masked, pairs: DistinctPairs | None) -> Tensor:
+        passes = 2 if self.options.mgm_view == "shared" else 3
+        lengths_N, reads_texts = self.texts.packed.lengths_B, self.stage == 2 and not self.text_locked
+        return count_work(
+            batch.cells.lengths_B,
+            masked.index_M.numel(),
+            passes,
+            lengths_N[batch.text_row_B.unique()] if reads_texts else None,
+            None if pairs is None else lengths_N[pairs.text_row_U],
+            None if pairs is None else pairs.cell_U,
+        )
 
     def _seed(self, step: int, lane: int, which: int) -> None:
         """Seed the dropout of one pass by (seed, step, lane, pass), so that a pass can be repeated."""
@@ -256,7 +284,6 @@ def turns(
     for place in range(lanes.each):
         own = place if place < len(lanes.owned) else 0
         lane = lanes.owned[own]
-        pairs = None if compared.pairs is None else compared.pairs.of_rows(lane * count, count)
         weight = float(place < len(lanes.owned))
-        made.append(Turn(lane, weight, lanes.ranks * lanes.each, genes, of_lane(own), pairs))
+        made.append(Turn(lane, weight, lanes.ranks * lanes.each, genes, of_lane(own), compared.pairs))
     return made

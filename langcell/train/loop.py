@@ -31,6 +31,7 @@ from langcell.corpus.options import CorpusOptions
 from langcell.corpus.plan import Plan
 from langcell.corpus.stream import Position, deal_round, micro_batch, stream
 from langcell.corpus.text_table import load_text_table
+from langcell.model.flops import Work, mfu, peak_flops, step_flops
 from langcell.model.interop import build_model, load_tokenizer
 from langcell.model.langcell import LangCell
 from langcell.model.options import ModelOptions
@@ -41,6 +42,7 @@ from langcell.train import checkpoint as ckpt
 from langcell.train.engine import build_engine
 from langcell.train.metrics import Metrics
 from langcell.train.options import TrainOptions
+from langcell.train.profile import Profile
 from langcell.train.step import run_step
 
 
@@ -84,6 +86,17 @@ def run_stage(task: StageTask) -> None:
     _Worker(task).run()
 
 
+@dataclass(frozen=True)
+class _Told:
+    """Of all ranks: losses, tokens and work of a step, and the longest time (s) that one of them waited for
+    data: the others wait for that rank in their next collective."""
+
+    losses: dict[str, float]
+    tokens: float
+    work: Work
+    wait: float
+
+
 class _Worker:
     def __init__(self, task: StageTask) -> None:
         self.task = task
@@ -95,6 +108,8 @@ class _Worker:
         texts = load_text_table(task.corpus.dir, load_tokenizer(task.model.text_init), task.text_length)
         self.texts: TextTable = texts
         self.lanes = Lanes.here(task.plan.lanes)
+        cuda = self.device.type == "cuda"
+        self._peak = peak_flops(torch.cuda.get_device_name(self.device)) if cuda else None
         self.engine = self._engine()
         self.start = Position(0, 0)
         latest = ray.train.get_checkpoint()
@@ -138,13 +153,23 @@ class _Worker:
         bar = tqdm_ray.tqdm(total=total, desc=f"stage {task.stage}") if self.rank == 0 else None
         if bar is not None:
             bar.update(first - task.first_step)
+        steps = task.train.profile if self.rank == 0 else 0
+        with Profile(Path(task.run_dir) / "profile", f"stage{task.stage}", steps) as profile:
+            self._steps(metrics, bar, profile)
+        if metrics is not None and bar is not None:
+            metrics.close()
+            bar.close()
+
+    def _steps(self, metrics: Metrics | None, bar: tqdm_ray.tqdm | None, profile: Profile) -> None:
+        task, plan = self.task, self.task.plan
         rows: list[dict[str, float]] = []
         waited = time.perf_counter()
         for position, batches in self._batches():
             began = time.perf_counter()
             shares = run_step(self.engine, self.lanes, batches, self._global_step(position))
             tokens = sum(batch.cells.tokens_T.numel() for batch in batches)
-            losses, all_tokens, wait = self._global(shares, tokens, began - waited)
+            told = self._global(shares, tokens, began - waited)
+            losses = told.losses
             ended = time.perf_counter()
             seconds = ended - waited
             row = {
@@ -153,8 +178,9 @@ class _Worker:
                 "stage": task.stage,
                 "time": time.time(),
                 "cells_per_s": plan.global_batch / seconds,
-                "tokens_per_s": all_tokens / seconds,
-                "data_wait": wait / seconds,
+                "tokens_per_s": told.tokens / seconds,
+                "mfu": self._mfu(told.work, seconds),
+                "data_wait": told.wait / seconds,
                 "lr": self.engine.get_lr()[0],
                 "grad_norm": float(self.engine.get_global_grad_norm()),
                 "ctm_empty": float(shares.get("empty", 0.0)),
@@ -170,9 +196,7 @@ class _Worker:
                 self._end_epoch(position.epoch, rows, val)
                 rows = []
                 waited = time.perf_counter()
-        if metrics is not None and bar is not None:
-            metrics.close()
-            bar.close()
+            profile.step()
 
     def _global_step(self, position: Position) -> int:
         return self.task.first_step + position.epoch * self.task.plan.steps + position.step
@@ -201,19 +225,36 @@ class _Worker:
             for i in range(len(rows))
         ]
 
-    def _global(
-        self, shares: dict[str, torch.Tensor], tokens: float = 0.0, wait: float = 0.0
-    ) -> tuple[dict[str, float], float, float]:
-        """Losses and tokens of all ranks, and the longest time (s) that one of them waited for data: the
-        others wait for that rank in their next collective."""
+    def _global(self, shares: dict[str, torch.Tensor], tokens: float = 0.0, wait: float = 0.0) -> _Told:
+        """What all ranks have to tell of a step, in one small collective."""
         names = LOSSES[self.task.stage]
-        values_L = torch.stack([shares[name].float() for name in names])
-        waits_W = values_L.new_zeros(self.lanes.ranks)
+        losses_L = torch.stack([shares[name].float() for name in names])
+        waits_W = losses_L.new_zeros(self.lanes.ranks)
         waits_W[self.lanes.rank] = wait
-        values_L = torch.cat([values_L, values_L.new_tensor([tokens]), waits_W])
-        dist.all_reduce(values_L)
-        *losses, total_tokens = values_L[: len(names) + 1].tolist()
-        return dict(zip(names, losses, strict=True)), total_tokens, max(values_L[len(names) + 1 :].tolist())
+        parts = [losses_L, losses_L.new_tensor([tokens]), shares["work"].float(), waits_W]
+        values = torch.cat(parts)
+        dist.all_reduce(values)
+        losses, tokens_1, work_N, waits = values.split([len(part) for part in parts])
+        return _Told(
+            dict(zip(names, losses.tolist(), strict=True)),
+            tokens_1.item(),
+            Work(*work_N.tolist()),
+            max(waits.tolist()),
+        )
+
+    def _mfu(self, work: Work, seconds: float) -> float | None:
+        """Share of what the devices could do at their bf16 peak; None where that is not known (a CPU)."""
+        if self._peak is None:
+            return None
+        model = self.engine.module.model
+        done = step_flops(
+            work,
+            model.cell_bert.config,
+            model.text_bert.config,
+            model.cell_proj.out_features,
+            locked=self.engine.module.text_locked,
+        )
+        return mfu(done.total, seconds, self._peak * self.lanes.ranks)
 
     def _end_epoch(self, epoch: int, rows: list[dict[str, float]], val: dict[str, float]) -> None:
         task = self.task
@@ -242,8 +283,8 @@ class _Worker:
             rows, k = deal_round(self.task.corpus.dir, plan, windows), len(windows)
             for i in range(0, len(rows), k):
                 batches = self._micro_batches(rows.slice(i, k), 0, 0.0)
-                losses, *_ = self._global(run_step(self.engine, self.lanes, batches, 0, learn=False))
-                for name, loss in losses.items():
+                told = self._global(run_step(self.engine, self.lanes, batches, 0, learn=False))
+                for name, loss in told.losses.items():
                     sums[name] = sums.get(name, 0.0) + loss / plan.steps
         self.engine.train()
         weights = self.engine.module.weights

@@ -21,7 +21,8 @@ RECOVERIES = "recoveries.jsonl"
 GAUGES = {
     "cells_per_s": "Cells trained per second, all workers",
     "tokens_per_s": "Gene tokens trained per second, all workers",
-    "data_wait": "Share of the step's time spent waiting for data (0 to 1)",
+    "mfu": "Share of the devices' peak in bf16 that the step's products took (0 to 1; on known GPUs)",
+    "data_wait": "Share of the step's time that the last worker waited for data (0 to 1)",
     "grad_norm": "Global gradient norm before clipping",
     "ctm_empty": "Draws of matching pairs that found no partner in the global batch",
     "lr": "Learning rate of the cell side",
@@ -51,7 +52,8 @@ class Metrics:
         self._file.write(json.dumps({**row, **losses}) + "\n")
         self._file.flush()
         for name, gauge in self._gauges.items():
-            gauge.set(row[name])
+            if row[name] is not None:
+                gauge.set(row[name])
         for name, loss in losses.items():
             self._loss.set(loss, {"loss": name})
 

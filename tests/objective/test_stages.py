@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from langcell.objective.stages import LOSSES
 from tests.objective import toy
 
 
@@ -23,8 +24,12 @@ def test_locked_text_trains_projection_and_cross_attention_alone() -> None:
 def test_locked_states_give_the_losses_of_live_ones() -> None:
     live, locked = toy.stage(2), toy.stage(2, text_train="projection")
     locked.pool_table()
-    for name, share in live(toy.batch(), 3).items():
-        torch.testing.assert_close(locked(toy.batch(), 3)[name], share, rtol=1e-5, atol=1e-6)
+    shares, of_locked = live(toy.batch(), 3), locked(toy.batch(), 3)
+    for name in LOSSES[2]:
+        torch.testing.assert_close(of_locked[name], shares[name], rtol=1e-5, atol=1e-6)
+    texts = slice(4, 7)  # of g1: what is read from the table is no work
+    assert (shares["work"][texts] > 0).all()
+    assert not of_locked["work"][texts].any()
 
 
 def test_three_passes_and_two() -> None:
