@@ -101,6 +101,8 @@ AT_LEAST_ONE = [
     "model.cell_width",
     "model.cell_heads",
     "model.projection",
+    "objective.mgm_chunk",
+    "objective.logit_rows",
     "objective.ctm_cells",
     "train.num_workers",
     "train.global_batch",
@@ -132,6 +134,7 @@ NOT_NEGATIVE = [
     "train.weight_decay",
     "train.clip",
     "train.max_failures",
+    "train.profile",
 ]
 BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(AT_LEAST_ONE, (1, math.inf)),

@@ -50,17 +50,15 @@ class Spans:
         return [(len(list(run)), *alike) for alike, run in groupby(lengths)]
 
 
-def attend(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, spans: Spans, scale: float) -> Tensor:
-    """Softmax attention inside each span; returns [T, H, D].
+def attend(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, spans: Spans) -> Tensor:
+    """Softmax attention inside each span, scores over sqrt(D) as BERT has it; returns [T, H, D].
 
     A sequence without queries is passed over; every query must have at least one key.
     """
     if q_THD.is_cuda and q_THD.dtype in (torch.float16, torch.bfloat16):
         from torch.nn.attention.varlen import varlen_attn
 
-        out = varlen_attn(
-            q_THD, k_SHD, v_SHD, spans.cu_q_B1, spans.cu_k_B1, spans.max_q, spans.max_k, scale=scale
-        )
+        out = varlen_attn(q_THD, k_SHD, v_SHD, spans.cu_q_B1, spans.cu_k_B1, spans.max_q, spans.max_k)
         assert isinstance(out, Tensor)
         return out
     # `split`, whose backward is one concatenation; a slice's would fill and add a tensor of all tokens each.
@@ -71,7 +69,7 @@ def attend(q_THD: Tensor, k_SHD: Tensor, v_SHD: Tensor, spans: Spans, scale: flo
     ):
         if lq:
             q, k, v = (x.unflatten(0, (n, -1)).transpose(1, 2) for x in qkv)
-            out = F.scaled_dot_product_attention(q, k, v, scale=scale)
+            out = F.scaled_dot_product_attention(q, k, v)
             parts.append(out.transpose(1, 2).flatten(0, 1))
     return torch.cat(parts) if parts else q_THD
 
@@ -83,7 +81,6 @@ def _hf_attention(
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    scaling: float,
     within: Spans,
     across: Spans | None = None,
     **_: object,
@@ -92,7 +89,7 @@ def _hf_attention(
     spans = across if isinstance(module, BertCrossAttention) else within
     assert spans is not None
     q, k, v = (x.squeeze(0).transpose(0, 1) for x in (query, key, value))
-    return attend(q, k, v, spans, scaling).unsqueeze(0), None
+    return attend(q, k, v, spans).unsqueeze(0), None
 
 
 AttentionInterface.register(IMPLEMENTATION, _hf_attention)

@@ -21,7 +21,13 @@ from langcell.files import write_whole
 
 CONFIG = "config.yaml"
 FREE = {
-    "train": {"cpus_per_worker", "collective_timeout_s", "max_failures"},
+    "train": {
+        "cpus_per_worker",
+        "collective_timeout_s",
+        "max_failures",
+        "profile",
+        "activation_checkpointing",
+    },
     "corpus": {"prefetch"},
     "census": {"attempts", "tiledb", "dir", "bad_cells", "most_unreadable"},
 }
