@@ -87,16 +87,24 @@ def row(ours: Figures, baseline: Figures, figure: str, unit: str, peak: str = "p
     }
 
 
-def table(summary: Figures) -> str:
-    """The headline rows, the stages and the passes, to read."""
+def headline(summary: Figures) -> list[str]:
+    """The headline rows, to read."""
     lines = [f"{'':18}{'ours':>12}{'baseline':>12}{'ratio':>8}{'peak MB':>9}  unit"]
     for name, each in summary.items():
         if name != "details":
-            lines.append(
-                f"{name:18}{each['ours']:12,.0f}{each['baseline']:12,.0f}{each['ratio']:8.2f}"
-                f"{each['peak_mb']:9,.0f}  {each['unit']}"
+            ours, baseline = (
+                f"{figure:12,.0f}" if figure >= 100 else f"{figure:12.3f}"
+                for figure in (each["ours"], each["baseline"])
             )
-    details = summary["details"]
+            lines.append(
+                f"{name:18}{ours}{baseline}{each['ratio']:8.2f}{each['peak_mb']:9,.0f}  {each['unit']}"
+            )
+    return lines
+
+
+def table(summary: Figures) -> str:
+    """The headline rows of the data road, its stages and its passes, to read."""
+    lines, details = headline(summary), summary["details"]
     lines.append("\nCPU seconds without Ray")
     for name in ("beta_road", "token_road"):
         stages = details[name]["stages_cpu_s"]

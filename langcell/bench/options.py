@@ -1,6 +1,7 @@
 """What a benchmark is run with: the options of the bench room (standard library only)."""
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 
 @dataclass
@@ -21,3 +22,43 @@ class DataOptions:
     """Folder of the generated Census (kept for the next time), of what is written meanwhile (removed) and of summary.json."""
     record: bool = False
     """Append the result to the records of this project (jobs/records/data.jsonl)."""
+
+
+@dataclass
+class StepOptions:
+    """The training step, on micro-batches of a generated Census."""
+
+    cells: int = 8_192
+    """Cells of the generated Census (count); about 1.5 ms each to make, once."""
+    seed: int = 0
+    """Seed of the generated Census, the weights, the order and all draws (integer)."""
+    micro_batch: int | None = None
+    """Cells of a step (count). None: 8 on a CPU, whose padded logits and activations then take about 10 GB, and 16 on a GPU, about 45 GB for the largest model."""
+    repeats: int = 2
+    """Steps of ours and of the baseline, by turns, on a CPU each on a micro-batch of its own (count); on a GPU rounds over all of them. The median is reported."""
+    compared_cells: int = 4
+    """Cells on which losses and gradients of both are compared, in float32 without dropout (count)."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """`cpu`: 6 layers of 256 in float32. `cuda`: that, 12 of 512 and 12 of 896 (100M parameters) in bf16, with MFU and GPU memory."""
+    dir: str = "runs/bench"
+    """Folder of the generated Census (kept for the next time), of the corpus (removed) and of summary.json."""
+    record: bool = False
+    """Append the result to the records of this project (jobs/records/step.jsonl)."""
+
+
+@dataclass
+class ScaleOptions:
+    """A step on more GPUs: measured bytes, and a model from them."""
+
+    workers: list[int] = field(default_factory=lambda: [1, 2, 3, 4])
+    """Workers at which a step's collectives are measured (counts); a line goes through those above 1, and the third tests it."""
+    cells: int = 128
+    """Cells of a GPU's micro-batch (count)."""
+    mfu: float = 0.4
+    """Share of an A100's bf16 peak that a step is assumed to reach (0 to 1)."""
+    model_zero: Literal[1, 2, 3] = 2
+    """ZeRO stage of the headline rows."""
+    dir: str = "runs/bench"
+    """Folder of what is written meanwhile (removed) and of summary.json."""
+    record: bool = False
+    """Append the result to the records of this project (jobs/records/scale.jsonl)."""

@@ -19,7 +19,10 @@ import psutil
 
 FOLDER = Path(__file__).parents[2] / "jobs" / "records"
 """Where the project keeps them: `<benchmark>.jsonl`."""
-LIBRARIES = ("numpy", "scipy", "numba", "pyarrow", "tiledbsoma", "cellxgene-census", "ray")
+LIBRARIES = (
+    *("numpy", "scipy", "numba", "pyarrow", "tiledbsoma", "cellxgene-census", "ray"),
+    *("torch", "deepspeed", "transformers"),
+)
 
 
 def append_record(path: Path, parameters: dict[str, Any], figures: dict[str, Any]) -> None:
