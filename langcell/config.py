@@ -127,7 +127,14 @@ SHARES = [
     "train.warmup_share",
     "eval.a",
 ]
+TAU_LEARNT = (0.01, 0.5)
+"""Where a learnt temperature is kept (`objective.contrastive.Temperature.RANGE`)."""
 NOT_NEGATIVE = [
+    "objective.w_mgm",
+    "objective.w_cc",
+    "objective.w_ct",
+    "objective.w_ctm",
+    "train.stage1_lr",
     "text.short_variants",
     "train.lr",
     "train.text_lr",
@@ -166,6 +173,12 @@ def validate(config: Config) -> None:
         raise InputError(
             f"--model.cell_width ({config.model.cell_width}) must be a multiple of --model.cell_heads "
             f"({config.model.cell_heads})."
+        )
+    low, high = TAU_LEARNT
+    if config.objective.tau_learnt and not low <= config.objective.tau <= high:
+        raise InputError(
+            f"--objective.tau is {config.objective.tau}; where it is learnt it stays, and must start, within "
+            f"{low:g} and {high:g}."
         )
     train = config.train
     if train.global_batch % train.micro_batch:

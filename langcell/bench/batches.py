@@ -4,7 +4,7 @@ A generated Census (`census.synthetic`) is prepared like any other, with as many
 Geneformer's dictionary has, the most frequent: the width of the vocabulary decides what masked genes cost.
 Every cell is a train cell. Windows are dealt as a lane's stream deals them, without Ray.
 
-Shape suffixes: C cells of the corpus, B of a micro-batch, K their distinct texts.
+Shape suffixes: C cells of the corpus, B of a micro-batch, K distinct texts, V their variants.
 """
 
 from __future__ import annotations
@@ -123,13 +123,13 @@ def length_law(directory: str, dealt: Dealt) -> dict[str, Any]:
     texts: tokens of the corpus's distinct full texts; batches: of those that are measured.
     """
     length_C = pq.read_table(f"{directory}/blocks/train", columns=["length"])["length"].to_numpy()
-    full_N = dealt.texts.packed.lengths_B.numpy()[:: dealt.texts.variants]
+    full_K = dealt.texts.packed.lengths_B.numpy()[dealt.texts.row_KV[:, 0]]
     of_batches = [batch.cells.lengths_B.numpy() for batch in dealt.batches]
     rows = [batch.text_row_B for batch in dealt.batches]
     drawn_B = dealt.texts.packed.lengths_B[torch.cat(rows)]
     return {
         "cells": _spread(length_C) | {"cut": float((length_C == TokenOptions().max_length).mean())},
-        "texts": _spread(full_N),
+        "texts": _spread(full_K),
         "batches": {
             "count": len(dealt.batches),
             "cells": len(dealt.batches[0]),

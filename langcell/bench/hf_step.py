@@ -33,7 +33,7 @@ from langcell.model.packed import encode
 from langcell.objective.global_batch import Views
 from langcell.objective.lanes import Lanes
 from langcell.objective.masked_gene import Masked
-from langcell.objective.matching import Pairs
+from langcell.objective.matching import DistinctPairs, Pairs, distinct_pairs
 from langcell.objective.stages import Stage
 
 SHARED_KEYS = "langcell_bench_shared_keys"
@@ -198,27 +198,14 @@ def pad(packed: Packed) -> tuple[Tensor, Tensor, Tensor]:
     return tokens_N.view(shape), mask_N.view(shape), slot_T
 
 
-@dataclass(frozen=True)
-class Run:
-    """What g2 is run on: cell_U ascending, text_row_U (int64); weight_U2: of the loss of either answer."""
-
-    cell_U: Tensor
-    text_row_U: Tensor
-    weight_U2: Tensor
-
-
-def pairs_run(pairs: Pairs, n_texts: int, savings: Savings) -> Run:
-    """Every pair, or every distinct one with the weights of all that are it."""
-    pair_P = pairs.cell_P * n_texts + pairs.text_row_P
+def pairs_run(pairs: Pairs, n_texts: int, savings: Savings) -> DistinctPairs:
+    """What g2 is run on: every pair, or every distinct one with the weights of all that are it."""
     if savings.texts:
-        pair_U, of_P = pair_P.unique(return_inverse=True)
-    else:
-        pair_U, order_P = pair_P.sort(stable=True)
-        of_P = order_P.argsort()
-    weight_U2 = pairs.weight_P.new_zeros(len(pair_U), 2)
-    answer_P = torch.where(pairs.match_P, MATCH, 1 - MATCH)
-    weight_U2.index_put_((of_P, answer_P), pairs.weight_P, accumulate=True)
-    return Run(pair_U // n_texts, pair_U % n_texts, weight_U2)
+        return distinct_pairs(pairs, n_texts)
+    order_P = (pairs.cell_P * n_texts + pairs.text_row_P).argsort(stable=True)
+    answer_P = torch.where(pairs.match_P, MATCH, 1 - MATCH)[order_P]
+    weight_P2 = F.one_hot(answer_P, 2) * pairs.weight_P[order_P, None]
+    return DistinctPairs(pairs.cell_P[order_P], pairs.text_row_P[order_P], weight_P2)
 
 
 def work_of(stage: Stage, batch: MicroBatch, masked: Masked, pairs: Pairs | None, savings: Savings) -> Work:

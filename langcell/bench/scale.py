@@ -56,6 +56,11 @@ def run(options: ScaleOptions) -> Figures:
 
     Raises InputError for options that cannot be.
     """
+    if min(options.workers, default=0) < 1 or options.cells < 2 or not 0 < options.mfu <= 1:
+        raise InputError(
+            f"--workers {options.workers}, --cells {options.cells}, --mfu {options.mfu:g}: workers must "
+            "be 1 at least, cells 2, and the share of the peak above 0 and at most 1."
+        )
     if len({count for count in options.workers if count > 1}) < 2:
         raise InputError("workers: give two counts above 1 at least, a line goes through them")
     directory = Path(os.path.abspath(options.dir))

@@ -4,7 +4,7 @@ Weak scaling: every GPU runs micro-batches of the same size, the global batch gr
 bytes of each collective are measured at a few workers and are affine in their number W: parameters and
 gradients stay, gathered rows grow with W. Everything else is assumed, and said:
 
-    step        = compute + contrast + collectives            (nothing overlaps: an upper bound)
+    step        = compute + contrast + collectives            (nothing overlaps)
     compute     = FLOPs of the packed micro-batch / (peak x MFU)
     contrast    = products of B local rows with W B gathered ones, in float32
     collectives = sum over kinds of  f m ((g - 1) / g / link + (n - 1) / n / network) + count x latency

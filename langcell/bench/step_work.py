@@ -1,17 +1,20 @@
 """What the step benchmark measures: optimiser steps, each kind in a process of its own (`bench.turns`).
 
 Ours and the straightforward step run in the same engine (DeepSpeed as training has it, a group of one rank)
-with the same weights, dropout and micro-batches; a few cells go through it first, so that nothing is left to
-allocate or compile. Operations are counted from the masks and pairs of the weights at the start, without
-dropout: as training goes on other texts become hard, but not of other lengths.
+with the same weights, rates of dropout and micro-batches; a few cells go through it first, so that nothing
+is left to allocate or compile. Operations are counted from the masks and pairs of the weights at the start,
+without dropout: as training goes on other texts become hard, but not of other lengths.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from itertools import cycle, islice
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -31,8 +34,11 @@ from langcell.objective.options import ObjectiveOptions
 from langcell.objective.stages import LOSSES, Stage, views_of
 from langcell.train.engine import build_engine, use_bf16
 from langcell.train.options import TrainOptions
+from langcell.train.profile import WAIT, WARMUP, Profile
 
 WARM_CELLS = 2
+TRACED = 2
+"""Steps of a trace."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +54,8 @@ class StepTask:
     """A stage over the first micro-batches of a corpus.
 
     directory, vocab_size: of the corpus; cell_length: longest sentence (tokens); micro_batch: cells;
-    count: micro-batches; device: `cpu` or `cuda`. Losses are the recipe's.
+    count: micro-batches; device: `cpu` or `cuda`; trace: folder and name of a trace of ours, written after
+    its first turn (None: none). Losses are the recipe's.
     """
 
     directory: str
@@ -60,6 +67,7 @@ class StepTask:
     count: int
     seed: int
     device: str
+    trace: Path | None = None
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
 
     def deal(self) -> Dealt:
@@ -86,8 +94,10 @@ class StepTask:
 
 @dataclass(frozen=True)
 class Stepped:
-    """seconds: of each micro-batch's step; losses: of the last; peak_mb: of GPU memory (None: no GPU)."""
+    """which: micro-batches; seconds: of each one's step; losses: of the last; peak_mb: of GPU memory (None:
+    no GPU)."""
 
+    which: list[int]
     seconds: list[float]
     losses: dict[str, float]
     peak_mb: float | None
@@ -126,8 +136,13 @@ def steps(task: StepTask, kind: Kind) -> Callable[[list[int], bool], Stepped]:
         if device.type == "cuda":
             peak = torch.cuda.max_memory_allocated() / MB
             torch.cuda.empty_cache()  # the other processes have their turns on the same device
+        if task.trace is not None and kind == Kind(None) and not task.trace.with_suffix(".txt").exists():
+            with Profile(task.trace.parent, task.trace.name, TRACED) as profile:
+                for number in islice(cycle(which), WAIT + WARMUP + TRACED):
+                    step(number, dealt.batches[number])
+                    profile.step()
         values = {name: float(done[-1][1][name].detach()) for name in LOSSES[task.stage]}
-        return Stepped([seconds for seconds, _ in done], values, peak)
+        return Stepped(which, [seconds for seconds, _ in done], values, peak)
 
     step(0, batches.first_cells(dealt.batches[0], WARM_CELLS))
     return work
@@ -193,6 +208,8 @@ def compare(stage: Stage, batch: MicroBatch) -> dict[str, Any]:
 
     losses, gradients = run(stage)
     other_losses, other_gradients = run(HfStep(stage))
+    if not all(map(math.isfinite, (*losses.values(), *other_losses.values()))):
+        raise RuntimeError(f"losses that are no numbers: {losses}, {other_losses}")
     if gradients.keys() != other_gradients.keys():
         raise RuntimeError("ours and the straightforward step train other parameters")
     return {

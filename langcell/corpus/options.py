@@ -22,4 +22,4 @@ class CorpusOptions:
     window_steps: int = 16
     """M: micro-batches that a lane shuffles and packs together (micro-batches); more mixes better and costs memory."""
     prefetch: int = 4
-    """Micro-batches that a rank's stream holds ready (micro-batches)."""
+    """Steps whose micro-batches a worker's stream holds ready (steps)."""

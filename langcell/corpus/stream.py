@@ -9,7 +9,7 @@ A resume starts the stream at the right window; only a part of one window is rea
 Order is kept by Ray Data's `preserve_order`; its default reservation of resources would leave half
 of the CPUs idle. Both are set in the worker's own DataContext.
 
-Shape suffixes: B cells of a micro-batch, T their tokens.
+Shape suffixes: C cells of a window, M its micro-batches, B cells of one, T their tokens, K distinct texts.
 """
 
 from __future__ import annotations
@@ -67,6 +67,8 @@ def deal_window(corpus_dir: str, plan: Plan, window: Window) -> pa.Table:
 def deal_round(corpus_dir: str, plan: Plan, windows: Sequence[Window]) -> pa.Table:
     """The micro-batches of one window a lane, interleaved: step by step, lanes in the order given."""
     dealt = pa.concat_tables([deal_window(corpus_dir, plan, window) for window in windows])
+    if len(windows) == 1:
+        return dealt
     return dealt.take(np.arange(len(dealt)).reshape(len(windows), -1).T.ravel())
 
 

@@ -23,13 +23,20 @@ Shape suffixes: B cells, K encoded texts, P pairs, N the counts of `Work`.
 
 from __future__ import annotations
 
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from transformers import BertConfig
 
-PEAKS = {"H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "H200": 989e12, "A100": 312e12}
+PEAKS = {
+    "H100 PCIe": 756e12,
+    "H100 NVL": 835e12,
+    "H100": 989e12,
+    "H200 NVL": 835e12,
+    "H200": 989e12,
+    "A100": 312e12,
+}
 """Dense bf16 FLOP/s by what a device's name holds, from NVIDIA's data sheets; the first that fits counts."""
 
 
@@ -55,9 +62,6 @@ class Work:
     pair_squares: float = 0
     keys: float = 0
     products: float = 0
-
-    def __add__(self, other: Work) -> Work:
-        return Work(*(a + b for a, b in zip(astuple(self), astuple(other), strict=True)))
 
 
 @dataclass(frozen=True)

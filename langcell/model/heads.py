@@ -6,7 +6,7 @@ finds the gradients in the forward, chunk by chunk, while the logits are at hand
 twice, and the backward only scales them. Chunks are loops inside one call of a module, for their number
 differs from rank to rank and ZeRO-3 counts calls.
 
-Shape suffixes: M masked positions, W hidden width, V vocabulary.
+Shape suffixes: M masked positions, W hidden width, V vocabulary, C a chunk of the positions.
 """
 
 from __future__ import annotations
@@ -95,4 +95,4 @@ class _SummedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
         hidden_MW, weight_VW, bias_V = ctx.saved_tensors
-        return hidden_MW * grad.to(hidden_MW.dtype), weight_VW * grad, bias_V * grad, None, None, None
+        return hidden_MW * grad, weight_VW * grad, bias_V * grad, None, None, None

@@ -35,8 +35,10 @@ class Temperature(nn.Module):
         """tau as a float32 tensor of shape (1,)."""
         if self.log_tau_1 is None:
             return torch.full((1,), self.fixed, device=device)
-        low, high = self.RANGE
-        return self.log_tau_1.float().exp().clamp(low, high)
+        low, high = (math.log(bound) for bound in self.RANGE)
+        log_tau_1 = self.log_tau_1.float()
+        # In value alone: with the clamp's own gradient, zero outside, one step too far would be the last.
+        return (log_tau_1 + (log_tau_1.clamp(low, high) - log_tau_1).detach()).exp()
 
 
 def cell_cell(first_RZ: Tensor, second_GZ: Tensor, row_R: Tensor, tau: Tensor) -> Tensor:

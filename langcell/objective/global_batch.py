@@ -1,13 +1,15 @@
 """What needs the rows of all lanes: C-C, C-T and the pairs of CTM.
 
 Only rows of the joint space and ids cross ranks: 3 x Z floats and 5 integers a cell, 3 kB at Z = 256, and
-one integer a draw. Each rank computes the logits of its own rows against all columns, B x G and never
-G x G, and draws the hard text of its own cells and the hard cell of its own texts; the draws are gathered,
-so that every rank knows whose cell takes part in which pair (design 4.5 would have every rank repeat all
-draws; that costs G x G on each, and two ranks whose matrix products differ in the last bit could disagree).
+four integers (balanced: two and a float) a cell that starts pairs. Each rank computes the logits of its own
+rows against all columns, B x G and never G x G, and draws the hard text of its own cells and the hard cell
+of its own texts; the draws are gathered, so that every rank knows whose cell takes part in which pair. (Were
+every rank to repeat all draws, each would pay G x G, and two whose products differ in the last bit could
+disagree.)
 
 Shape suffixes: R rows of this rank's lanes, G rows of all lanes, Z joint space, N rows of this rank that
-start pairs, M those of all lanes, P pairs, C cell-type terms.
+start pairs, M those of all lanes, P pairs, K lanes of this rank, n rows of one that start pairs, B its
+cells, I ids of a cell, C cell-type terms.
 """
 
 from __future__ import annotations

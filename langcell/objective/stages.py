@@ -13,10 +13,12 @@ A rank of one lane needs one forward. A rank of several (gradient accumulation) 
 activations of all, yet every lane's contrast needs the views of all: they are made without gradient
 first (`look`), compared once, and then each lane runs its one forward and backward with the gradients of
 the contrast with respect to its views given (`Turn`): the chain rule, cut at the views (Gao et al. 2021,
-"GradCache"). Exact, for a quarter more work, because dropout is seeded anew before every pass.
+"GradCache"). Exact, because dropout is seeded anew before every pass; two of three cell passes run once more
+without gradient, a quarter more work (of two passes with the shared view both, a third more).
 
 Shape suffixes: B the lane's cells, T tokens, Z joint space, H text width, N rows of the text table, K
-distinct texts.
+distinct texts, R rows of all lanes of a rank, C counts of
+work.
 """
 
 from __future__ import annotations
@@ -166,8 +168,8 @@ class Stage(nn.Module):
         for name, view in vars(views).items():
             if view is not None:
                 parts.append(turn.weight * (view * getattr(turn.gradients, name)).sum())
-        work_N = turn.weight * self._work(batch, masked, pairs)
-        return {**shares, "work": work_N, "total": torch.stack(parts).sum() * turn.scale}
+        work_C = turn.weight * self._work(batch, masked, pairs)
+        return {**shares, "work": work_C, "total": torch.stack(parts).sum() * turn.scale}
 
     def _passes(
         self, batch: MicroBatch, step: int, lane: int, masked: Masked | None
@@ -264,7 +266,7 @@ def turns(
     count = len(views.first_RZ) // len(lanes.owned)
     contrast = torch.stack([weights[name] * share for name, share in compared.shares.items()]).sum()
     names = [name for name, view in vars(views).items() if view is not None]
-    found = torch.autograd.grad(contrast, [getattr(views, name) for name in names], allow_unused=True)
+    found = torch.autograd.grad(contrast, [getattr(views, name) for name in names])
     gradient = dict(zip(names, found, strict=True))
 
     def of_lane(place: int) -> Views:

@@ -160,6 +160,7 @@ def training_summary(
         "cells_per_s": float(np.median([row["cells_per_s"] for row in rows])),
         "tokens_per_s": float(np.median([row["tokens_per_s"] for row in rows])),
         "data_wait": float(np.median([row["data_wait"] for row in rows])),
+        "mfu": float(np.median(mfus)) if (mfus := [row["mfu"] for row in rows if row.get("mfu")]) else None,
         "losses": losses,
         "rows_repeated": (len(rows) - len(steps)) * batch,
         "rows_skipped": (epochs * plans.train.steps - len(steps)) * batch,

@@ -4,7 +4,7 @@ Both stages run this loop; they differ in their losses alone. Each step: the mic
 lanes from its stream, one optimiser step (`step`), a row of metrics. At an epoch's end: the losses on the
 `val` split, zero-shot figures from the function that the recipe hands in, a checkpoint.
 
-Shape suffixes: L losses and counts, W ranks.
+Shape suffixes: L losses, N counts of work, W ranks.
 """
 
 from __future__ import annotations
@@ -183,7 +183,7 @@ class _Worker:
                 "data_wait": told.wait / seconds,
                 "lr": self.engine.get_lr()[0],
                 "grad_norm": float(self.engine.get_global_grad_norm()),
-                "ctm_empty": float(shares.get("empty", 0.0)),
+                "ctm_empty": float(shares["empty"]),
             }
             waited = ended
             rows.append(losses)

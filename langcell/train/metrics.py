@@ -2,8 +2,7 @@
 
 One JSON object a step, appended by rank 0; a resume first cuts the file back to its cursor, so that
 every step stands in it once (what was cut is counted in recoveries.jsonl). The gauges are what a
-dashboard watches: `ray_langcell_loss{loss=...}`, `ray_langcell_cells_per_s`,
-`ray_langcell_tokens_per_s`, `ray_langcell_data_wait`.
+dashboard watches: `ray_langcell_loss{loss=...}` and one `ray_langcell_<name>` for each of `GAUGES`.
 """
 
 from __future__ import annotations

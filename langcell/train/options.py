@@ -33,7 +33,7 @@ class TrainOptions:
     weight_decay: float = 0.001
     """AdamW weight decay (per step), not applied to biases and norms."""
     clip: float = 1.0
-    """Global gradient norm that gradients are clipped to (L2 norm)."""
+    """Global gradient norm that gradients are clipped to (L2 norm); 0: they are not clipped."""
     zero: Literal[1, 2, 3] = 2
     """DeepSpeed ZeRO stage: 1, 2 or 3."""
     offload: bool = False

@@ -5,7 +5,8 @@ lanes are compared, then each lane has its turn, one engine call and one backwar
 accumulates (`gradient_accumulation_steps` is the number of lanes a rank runs, and `engine.step()` only counts
 until the last). The calls of modules depend on nothing but V and W, so that ZeRO-3 never waits.
 
-With several lanes ZeRO 1 reduces gradients once a step, ZeRO 2 and 3 once a lane.
+With several lanes ZeRO 1 reduces gradients once a step, ZeRO 2 and 3 once a lane. Validation takes the same
+calls, without the backwards of lanes.
 """
 
 from __future__ import annotations

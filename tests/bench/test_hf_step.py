@@ -12,9 +12,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from langcell.bench.hf_step import ALL, NONE, HfStep, Savings, pairs_run, work_of
 from langcell.bench.step_work import gradient_difference
-from langcell.model.flops import step_flops
+from langcell.model.flops import Work, step_flops
 from langcell.objective.lanes import Lanes
-from langcell.objective.stages import views_of
+from langcell.objective.stages import LOSSES, views_of
 from tests.model.test_flops import MAPPING
 from tests.objective import toy
 
@@ -30,7 +30,8 @@ def run(module: torch.nn.Module) -> tuple[dict[str, torch.Tensor], dict[str, tor
         for name, parameter in module.named_parameters()
         if parameter.grad is not None
     }
-    return {name: loss.detach() for name, loss in losses.items()}, gradients
+    names = [*LOSSES[2], "total"]
+    return {name: losses[name].detach() for name in names if name in losses}, gradients
 
 
 @pytest.mark.parametrize("view", ["own", "shared"])
@@ -86,6 +87,15 @@ def test_the_operations_of_each_saving_are_counted(savings: Savings) -> None:
     contrast = counted.get_total_flops() - found.total
     assert contrast % product == 0
     assert contrast / product == 11
+
+
+@pytest.mark.parametrize("number", [1, 2])
+def test_the_step_counts_its_own_operations(number: int) -> None:
+    stage, batch = toy.stage(number), toy.batch()
+    with torch.no_grad():
+        told = stage(batch, STEP)["work"]
+        pairs = stage.compare(views_of([stage(batch, STEP, look=0)]), [batch], Lanes.here(), STEP).pairs
+    assert Work(*told.tolist()) == work_of(stage, batch, stage.mask(batch, STEP), pairs, ALL)
 
 
 def test_distinct_pairs_keep_all_weights() -> None:

@@ -174,4 +174,8 @@ def test_learnt_temperature_stays_in_its_range() -> None:
     temperature = Temperature(0.05, learnt=True)
     with torch.no_grad():
         temperature.log_tau_1.fill_(-50.0)
-    assert float(temperature(torch.device("cpu")).detach()) == pytest.approx(0.01)
+    tau = temperature(torch.device("cpu"))
+    assert float(tau.detach()) == pytest.approx(0.01, rel=1e-4)
+    tau.sum().backward()
+    assert temperature.log_tau_1 is not None
+    assert float(temperature.log_tau_1.grad) > 0  # and can come back

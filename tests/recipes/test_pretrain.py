@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import math
 from pathlib import Path
@@ -33,6 +34,7 @@ def _argv(folder: Path) -> list[str]:
         ),
         *("--train.stage1_epochs", "1", "--train.stage2_epochs", "2", "--train.evaluate_epochs", "1"),
         *("--model.cell_layers", "1", "--objective.ctm_cells", "1", "--eval.top_k", "2"),
+        *("--train.micro_batch", "4", "--train.profile", "1"),  # two lanes a worker
     ]
 
 
@@ -71,6 +73,17 @@ def test_every_step_stands_once_in_the_record(finished: tuple[Path, dict[str, An
     assert {"mgm", "cc"} <= first.keys()
     assert not {"ct", "ctm"} & first.keys()
     assert {"mgm", "cc", "ct", "ctm", "val_ct", "lr", "grad_norm", "data_wait"} <= last.keys()
+    assert last["mfu"] is None  # on a CPU
+    assert last["ctm_empty"] >= 0
+
+
+@pytest.mark.slow
+def test_a_step_of_each_stage_is_traced(finished: tuple[Path, dict[str, Any]]) -> None:
+    for stage in (1, 2):
+        with gzip.open(finished[0] / "profile" / f"stage{stage}.json.gz") as file:
+            names = {event.get("name") for event in json.load(file)["traceEvents"]}
+        assert "aten::addmm" in names
+        assert "aten::" in (finished[0] / "profile" / f"stage{stage}.txt").read_text()
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from tests.ranks import run_ranks
 
 RANKS, LANE, JOINT = 2, 4, 8  # ranks, cells of a rank, width of the joint space
 COMBINATIONS = [(1, 2), (2, 1), (3, 2)]  # ZeRO stage, stage
-NUMBERS = 6
+NUMBERS = 5
 """Of a cell: joinid, text, term, row, short; whatever they are, not its states."""
 
 
@@ -31,12 +31,12 @@ def batch(rank: int, share: float) -> MicroBatch:
     return replace(whole, cells=Packed.from_sequences(cut))
 
 
-def counted(rank: int) -> dict[tuple[int, int, float], list[Collective]]:
+def counted(rank: int) -> dict[Any, list[Collective]]:
     """Collectives of a step, by ZeRO stage, stage, and share of each cell."""
     from langcell.train.engine import build_engine
     from langcell.train.options import TrainOptions
 
-    seen = {}
+    seen: dict[Any, list[Collective]] = {}
     for zero, number in COMBINATIONS:
         for share in (0.5, 1.0):
             train: Any = TrainOptions(micro_batch=LANE, global_batch=RANKS * LANE, zero=zero)  # type: ignore[arg-type]
@@ -47,11 +47,39 @@ def counted(rank: int) -> dict[tuple[int, int, float], list[Collective]]:
                 engine.step()
             seen[zero, number, share] = collectives.seen
             engine.destroy()
+    for share in (0.5, 1.0):
+        seen["balanced, two lanes a rank", share] = of_lanes(rank, share)
     return seen
 
 
+def of_lanes(rank: int, share: float) -> list[Collective]:
+    """Of a step of stage 2 with two lanes a rank and balanced mining."""
+    from langcell.objective.lanes import Lanes
+    from langcell.train.engine import build_engine
+    from langcell.train.options import TrainOptions
+    from langcell.train.step import run_step
+
+    lanes = Lanes.here(2 * RANKS)
+    train = TrainOptions(micro_batch=LANE // 2, global_batch=RANKS * LANE)
+    stage = toy.stage(2, ctm_mining="balanced")
+    engine = build_engine(stage, train, lr=1e-3, steps=10, device=torch.device("cpu"), lanes=lanes.each)
+    whole = batch(rank, share)
+    half = [select(whole, torch.arange(2) + 2 * i) for i in range(2)]
+    with Collectives() as collectives:
+        run_step(engine, lanes, half, 3)
+    engine.destroy()
+    return collectives.seen
+
+
+def select(batch: MicroBatch, row_B: torch.Tensor) -> MicroBatch:
+    names = [name for name in vars(batch) if name != "cells"]
+    return MicroBatch(
+        cells=batch.cells.select(row_B), **{name: getattr(batch, name)[row_B] for name in names}
+    )
+
+
 @pytest.fixture(scope="module")
-def seen() -> dict[tuple[int, int, float], list[Collective]]:
+def seen() -> dict[Any, list[Collective]]:
     return run_ranks(counted, RANKS)[0]
 
 
@@ -59,6 +87,12 @@ def seen() -> dict[tuple[int, int, float], list[Collective]]:
 def test_cell_states_never_cross_ranks(seen: dict[Any, list[Collective]], zero: int, number: int) -> None:
     """Twice as long cells: the same collectives, in the same order, of the same bytes."""
     assert seen[zero, number, 0.5] == seen[zero, number, 1.0]
+
+
+def test_nor_do_those_of_several_lanes(seen: dict[Any, list[Collective]]) -> None:
+    short, long = (seen["balanced, two lanes a rank", share] for share in (0.5, 1.0))
+    assert len(short) > 8
+    assert short == long
 
 
 @pytest.mark.parametrize(("zero", "number"), COMBINATIONS)

@@ -29,8 +29,8 @@ def options(**changed: Any) -> Any:
     return TrainOptions(micro_batch=CELLS // 2, global_batch=CELLS, text_lr=LR, clip=0.5, **changed)
 
 
-def stage(dropout: float = 0.0) -> Any:
-    return toy.stage(2, dropout=dropout, tau_learnt=True, tau=0.2)
+def stage(dropout: float = 0.0, number: int = 2) -> Any:
+    return toy.stage(number, dropout=dropout, tau_learnt=True, tau=0.2)
 
 
 def trained(rank: int, dropout: float = 0.0, **changed: Any) -> Trace:
@@ -65,13 +65,43 @@ def trained(rank: int, dropout: float = 0.0, **changed: Any) -> Trace:
     return losses, gradients, weights
 
 
-def plain() -> Trace:
+def trained_by_lanes(rank: int, number: int = 2, dropout: float = 0.0, **changed: Any) -> Trace:
+    """The same, of one of the two stages, on this rank's two of four lanes; without gradients."""
+    import torch.distributed as dist
+
+    from langcell.objective.lanes import Lanes
+    from langcell.objective.stages import LOSSES
+    from langcell.train.checkpoint import whole_weights
+    from langcell.train.engine import build_engine
+    from langcell.train.step import run_step
+
+    lanes = Lanes.here(4)
+    engine = build_engine(
+        stage(dropout, number),
+        options(**changed),
+        lr=LR,
+        steps=SCHEDULE,
+        device=torch.device("cpu"),
+        lanes=lanes.each,
+    )
+    count, losses = CELLS // lanes.total, []
+    for step in range(STEPS):
+        shares = run_step(engine, lanes, [toy.batch(lane * count, count) for lane in lanes.owned], step)
+        loss = torch.stack([shares[name] for name in LOSSES[number]]).sum()
+        dist.all_reduce(loss)
+        losses.append(float(loss))
+    weights = whole_weights(engine.module, engine)
+    engine.destroy()
+    return losses, {}, weights
+
+
+def plain(number: int = 2) -> Trace:
     """The same steps of one process without DeepSpeed."""
     from transformers import get_cosine_schedule_with_warmup
 
     from langcell.train.engine import parameter_groups
 
-    module, train = stage(), options()
+    module, train = stage(number=number), options()
     optimizer = torch.optim.AdamW(parameter_groups(module, LR, train.text_lr, train.weight_decay))
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
@@ -96,6 +126,11 @@ def every_run(rank: int) -> dict[tuple[str, int], Trace]:
     for zero in STAGES:
         runs["plain", zero] = trained(rank, zero=zero)
         runs["small", zero] = trained(rank, 0.1, zero=zero, offload=True, activation_checkpointing=True)
+        runs["lanes", zero] = trained_by_lanes(rank, zero=zero)
+    runs["lanes of stage 1", 2] = trained_by_lanes(rank, number=1)
+    runs["lanes, dropout", 2] = trained_by_lanes(rank, dropout=0.1)
+    small = {"offload": True, "activation_checkpointing": True}
+    runs["lanes, small", 2] = trained_by_lanes(rank, dropout=0.1, **small)
     return runs
 
 
@@ -112,10 +147,11 @@ def assert_equal(ours: Trace, reference: Trace, rtol: float, steps_share: float)
     """
     losses, gradients, weights = ours
     assert losses == pytest.approx(reference[0], rel=rtol)
-    assert gradients.keys() == weights.keys() == reference[1].keys()
+    assert reference[1].keys() <= weights.keys()
     for name, gradient in reference[1].items():
-        scale = float(gradient.abs().max())
-        torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=max(rtol * scale, 1e-6), msg=name)
+        if gradients:
+            atol = max(rtol * float(gradient.abs().max()), 1e-6)
+            torch.testing.assert_close(gradients[name], gradient, rtol=0, atol=atol, msg=name)
         told = gradient.abs() > 1e-4
         moved = (weights[name] - reference[2][name]).abs()[told]
         assert moved.numel() == 0 or float(moved.max()) < steps_share * LR, name
@@ -127,6 +163,23 @@ def test_steps_equal_a_plain_adamw(runs: dict[tuple[str, int], Trace], zero: int
     reference = plain()
     assert reference[0][0] != pytest.approx(reference[0][-1], rel=1e-3)  # something is learnt
     assert_equal(runs["plain", zero], reference, 1e-5, 0.02)
+
+
+@pytest.mark.parametrize(("run", "zero"), [*(("lanes", zero) for zero in STAGES), ("lanes of stage 1", 2)])
+def test_steps_of_several_lanes_equal_a_plain_adamw(
+    runs: dict[tuple[str, int], Trace], run: str, zero: int
+) -> None:
+    """Accumulated, clipped once, and nothing left of it in the next step."""
+    assert_equal(runs[run, zero], plain(1 if "stage 1" in run else 2), 1e-5, 0.02)
+
+
+def test_lanes_that_are_computed_again_draw_the_same_dropout(runs: dict[tuple[str, int], Trace]) -> None:
+    small, reference = runs["lanes, small", 2], runs["lanes, dropout", 2]
+    assert reference[0] != pytest.approx(runs["lanes", 2][0], rel=1e-3)
+    assert small[0] == pytest.approx(reference[0], rel=1e-5)
+    for name, weight in reference[2].items():
+        off = (small[2][name] - weight).abs()
+        assert float(off.median()) < 0.02 * LR, name  # but for weights that rounding alone moves
 
 
 @pytest.mark.parametrize("zero", STAGES)

@@ -35,7 +35,7 @@ def one_step(rank: int, cell_init: str, text_init: str) -> tuple[dict[str, float
     from langcell.batch import MicroBatch, Packed, TextTable
     from langcell.config import parse
     from langcell.model.interop import build_model
-    from langcell.objective.stages import Stage
+    from langcell.objective.stages import LOSSES, Stage
     from langcell.train.engine import build_engine
 
     torch.set_num_threads(2)
@@ -51,8 +51,8 @@ def one_step(rank: int, cell_init: str, text_init: str) -> tuple[dict[str, float
     texts = TextTable(
         Packed.from_sequences([rng.integers(5, 30_000, n) for n in (300, 512)]),
         text_id=np.array([10, 20]),
+        row_KV=np.array([[0], [1]]),
         term=np.array([0, 1]),
-        variants=1,
         related_CC=torch.zeros(2, 2, dtype=torch.bool),
     )
     model = build_model(model_options, vocab_size, config.tokens.max_length, seed=0)
@@ -85,7 +85,7 @@ def one_step(rank: int, cell_init: str, text_init: str) -> tuple[dict[str, float
     for name, parameter in engine.module.model.named_parameters():
         module = "crossattention" if "crossattention" in name else name.split(".")[0]
         moved[module] = max(moved.get(module, 0.0), float((parameter.detach() - before[name]).abs().max()))
-    return {name: float(share.detach()) for name, share in shares.items()}, moved
+    return {name: float(shares[name].detach()) for name in LOSSES[2]}, moved
 
 
 @pytest.mark.slow

@@ -117,6 +117,7 @@ BALANCED = {"ctm_mining": "balanced", "tau_learnt": True, "ctm_cells": 2}
         pytest.param(2, 3, {}, marks=SLOW),  # one rank is short of a lane
         pytest.param(2, 3, PAPER, marks=SLOW),
         pytest.param(2, 3, {"text_train": "projection"}, marks=SLOW),
+        pytest.param(2, 6, {"ctm_mining": "balanced", "tau_learnt": True}, marks=SLOW),
     ],
 )
 def test_ranks_and_lanes_equal_one_big_batch(world: int, lanes: int, options: dict[str, object]) -> None:
