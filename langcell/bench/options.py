@@ -33,7 +33,7 @@ class StepOptions:
     seed: int = 0
     """Seed of the generated Census, the weights, the order and all draws (integer)."""
     micro_batch: int | None = None
-    """Cells of a step (count). None: 8 on a CPU, whose padded logits and activations then take about 10 GB, and 16 on a GPU, about 45 GB for the largest model."""
+    """Cells of a step (count). None: 6 on a CPU, where both kinds of step then take some 18 GB together, and 16 on a GPU, about 45 GB for the largest model."""
     repeats: int = 2
     """Steps of ours and of the baseline, by turns, on a CPU each on a micro-batch of its own (count); on a GPU rounds over all of them. The median is reported."""
     compared_cells: int = 4

@@ -5,6 +5,8 @@ All runs of a rank share one process group: a group costs two seconds, a run of 
 
 from __future__ import annotations
 
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -197,6 +199,7 @@ def compiled_run(rank: int) -> dict[int, tuple[Trace, Trace]]:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler on a CPU")
 def test_compiled_layers_change_no_number() -> None:
     """Dropout included."""
     for ours, reference in run_ranks(compiled_run, 1)[0].values():
@@ -214,6 +217,44 @@ def test_checkpointing_computes_every_layer_twice() -> None:
     forward = len(calls)
     total.backward()
     assert len(calls) == 2 * forward
+
+
+def resumed(rank: int, directory: str) -> dict[tuple[str, int], tuple[dict[str, Tensor], ...]]:
+    """By precision and ZeRO stage, of two lanes a rank: weights after two steps, and after a checkpoint
+    between them was loaded into an engine of its own."""
+    from langcell.objective.lanes import Lanes
+    from langcell.train import checkpoint
+    from langcell.train.engine import build_engine
+    from langcell.train.step import run_step
+
+    lanes, seen = Lanes.here(4), {}
+    batches = [toy.batch(lane * 2, 2) for lane in lanes.owned]
+    for precision, zero in (("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp32", 1)):
+        how: Any = {"lr": LR, "steps": SCHEDULE, "device": torch.device("cpu"), "lanes": lanes.each}
+        train = options(zero=zero, precision=precision)
+        folder = Path(directory) / f"{precision}-{zero}"
+        found = []
+        for again in (False, True):
+            engine = build_engine(stage(), train, **how)
+            if again:
+                checkpoint.load(engine, folder, "plan")
+            else:
+                run_step(engine, lanes, batches, 0)
+                checkpoint.save(engine, folder, checkpoint.Cursor(2, 0, 1, 1, "plan"))
+            run_step(engine, lanes, batches, 1)
+            found.append(checkpoint.whole_weights(engine.module, engine))
+            engine.destroy()
+        seen[precision, zero] = tuple(found)
+    return seen
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_several_lanes_goes_on_where_it_was(tmp_path: Path) -> None:
+    """In bf16 too, where DeepSpeed keeps the float32 sums of lanes in another optimiser at ZeRO 1."""
+    for (precision, zero), (straight, loaded) in run_ranks(resumed, 2, str(tmp_path))[0].items():
+        assert straight.keys() == loaded.keys()
+        for name, weight in straight.items():
+            assert torch.equal(loaded[name], weight), (precision, zero, name)
 
 
 class Sum(nn.Module):
