@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
@@ -169,6 +170,13 @@ class MicroBatch:
 
     def __len__(self) -> int:
         return len(self.cells)
+
+    @cached_property
+    def distinct_texts(self) -> tuple[Tensor, Tensor]:
+        """Rows of the texts drawn, each once and ascending (int64 [K]), and which of them each cell has
+        (int64 [B]). Found once: on a GPU the host waits for it."""
+        row_K, index_B = self.text_row_B.unique(return_inverse=True)
+        return row_K, index_B
 
     def to(self, device: torch.device | str) -> MicroBatch:
         """The same on `device`."""

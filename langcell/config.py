@@ -25,7 +25,7 @@ from langcell.corpus.options import CorpusOptions
 from langcell.errors import InputError, refuse_secrets
 from langcell.inference.options import EvalOptions
 from langcell.model.options import ModelOptions
-from langcell.objective.options import ObjectiveOptions
+from langcell.objective.options import TAU_RANGE, ObjectiveOptions
 from langcell.recipes.options import RunOptions
 from langcell.text.options import TextOptions
 from langcell.train.options import TrainOptions
@@ -127,8 +127,6 @@ SHARES = [
     "train.warmup_share",
     "eval.a",
 ]
-TAU_LEARNT = (0.01, 0.5)
-"""Where a learnt temperature is kept (`objective.contrastive.Temperature.RANGE`)."""
 NOT_NEGATIVE = [
     "objective.w_mgm",
     "objective.w_cc",
@@ -174,7 +172,7 @@ def validate(config: Config) -> None:
             f"--model.cell_width ({config.model.cell_width}) must be a multiple of --model.cell_heads "
             f"({config.model.cell_heads})."
         )
-    low, high = TAU_LEARNT
+    low, high = TAU_RANGE
     if config.objective.tau_learnt and not low <= config.objective.tau <= high:
         raise InputError(
             f"--objective.tau is {config.objective.tau}; where it is learnt it stays, and must start, within "

@@ -9,19 +9,18 @@ Shape suffixes: C cells of the corpus, B of a micro-batch, K distinct texts, V t
 
 from __future__ import annotations
 
-import logging
-import os
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pyarrow.parquet as pq
-import ray
 import tiledbsoma as soma
 import torch
 
 from langcell.batch import MicroBatch, TextTable
+from langcell.bench.data import GENES
 from langcell.bench.processes import Work
+from langcell.bench.ray_work import start_ray
 from langcell.cells.options import BetaOptions, TokenOptions
 from langcell.cells.vocabulary import Vocabulary
 from langcell.census.layout import ORGANISM
@@ -36,8 +35,6 @@ from langcell.corpus.text_table import load_text_table
 from langcell.model.interop import load_tokenizer
 from langcell.text.options import TextOptions
 
-GENES = 25_424
-"""Genes that are tokens, as many as in Geneformer's dictionary."""
 QUANTILES = (0.05, 0.25, 0.5, 0.75, 0.95)
 
 
@@ -53,15 +50,7 @@ def corpus(uri: str, directory: str, cpus: int) -> Work:
         vocabulary = Vocabulary([table["feature_id"][gene].as_py() for gene in frequent.tolist()])
         path = f"{directory}.vocabulary.json"
         vocabulary.write(path)
-        os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a token is written into the home folder
-        ray.init(
-            address="local",
-            num_cpus=cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.WARNING,
-        )
-        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        start_ray(cpus)
         prepare(
             CensusOptions(uri=uri, filter=""),
             BetaOptions(),

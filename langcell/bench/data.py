@@ -17,7 +17,6 @@ difference ends the benchmark: what is not the same is not faster.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import sys
 import tempfile
@@ -47,7 +46,6 @@ from langcell.corpus.options import CorpusOptions
 from langcell.corpus.tasks import ONE_ARENA
 from langcell.corpus.token_pass import Encoder
 from langcell.errors import InputError
-from langcell.files import write_whole
 from langcell.text.options import TextOptions
 
 GENES = 25_424
@@ -72,13 +70,7 @@ def run(options: DataOptions) -> Figures:
     with tempfile.TemporaryDirectory(prefix="corpora-", dir=directory) as scratch:
         summary = _Benchmark(uri, options, Path(scratch)).measure()
     summary["details"]["load_average_before"] = load
-    path = directory / "summary.json"
-    write_whole(path, json.dumps(summary, indent=1))
-    print(table(summary), f"\nsummary  {path}", sep="\n", flush=True)
-    if options.record:
-        record = records.FOLDER / "data.jsonl"
-        records.append_record(record, dataclasses.asdict(options), summary)
-        print(f"record   {record}", flush=True)
+    records.publish("data", options, summary, table(summary))
     return summary
 
 

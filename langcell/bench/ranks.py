@@ -9,12 +9,16 @@ import multiprocessing as mp
 import os
 import pickle
 import tempfile
-from collections.abc import Callable
-from multiprocessing import forkserver
+import time
+from collections.abc import Callable, Sequence
+from multiprocessing import connection, forkserver
+from multiprocessing.process import BaseProcess
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 PRELOAD = ["torch", "deepspeed", "transformers.models.bert.modeling_bert", "langcell.train.engine"]
+
+TIMEOUT_S = 600
 
 
 def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]:
@@ -31,18 +35,32 @@ def run_ranks(function: Callable[..., Any], world: int, *args: Any) -> list[Any]
         ]
         for process in processes:
             process.start()
-        for process in processes:
-            process.join(timeout=600)
-        for rank, process in enumerate(processes):
-            if process.exitcode != 0:
-                for other in processes:
-                    other.kill()
-                raise RuntimeError(f"rank {rank} of {world} ended with {process.exitcode} (None: it hung)")
+        _wait(processes)
         results = [pickle.loads((Path(directory) / f"{rank}").read_bytes()) for rank in range(world)]
     for result in results:
         if isinstance(result, Exception):
             raise result
     return results
+
+
+def _wait(processes: Sequence[BaseProcess]) -> None:
+    """Until all have ended well. Raises RuntimeError for the first that does not, and kills the others, which
+    would wait for it in their next collective."""
+    rank_of = {process.sentinel: rank for rank, process in enumerate(processes)}
+    end = time.monotonic() + TIMEOUT_S
+    try:
+        while rank_of:
+            ended = connection.wait(list(rank_of), timeout=max(0.0, end - time.monotonic()))
+            if not ended:
+                raise RuntimeError(f"ranks {sorted(rank_of.values())} did not end in {TIMEOUT_S} s")
+            for sentinel in ended:
+                rank = rank_of.pop(cast(int, sentinel))
+                processes[rank].join()
+                if code := processes[rank].exitcode:
+                    raise RuntimeError(f"rank {rank} of {len(processes)} ended with {code}")
+    finally:
+        for process in processes:
+            process.kill()
 
 
 def _start_server() -> None:

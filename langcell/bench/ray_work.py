@@ -82,6 +82,12 @@ def whole_prepare(cells: Cells, corpus: CorpusOptions, cpus: int) -> Work:
 
 def _start(cells: Cells, cpus: int) -> Ledger:
     """A Ray of this process, and what takes the faults of cells (there are none)."""
+    start_ray(cpus)
+    return Ledger(open_source(cells.census), cells.census.bad_cells, 0)
+
+
+def start_ray(cpus: int) -> None:
+    """A quiet Ray of this process, with so many CPUs."""
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")  # else a token is written into the home folder
     ray.init(
         address="local",
@@ -91,7 +97,6 @@ def _start(cells: Cells, cpus: int) -> Ledger:
         logging_level=logging.WARNING,
     )
     logging.getLogger("ray.data").setLevel(logging.ERROR)
-    return Ledger(open_source(cells.census), cells.census.bad_cells, 0)
 
 
 def _watch(run: Callable[[], Any]) -> Work:

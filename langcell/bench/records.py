@@ -10,6 +10,7 @@ import json
 import os
 import platform
 import subprocess
+from dataclasses import asdict
 from datetime import UTC, datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,12 +18,30 @@ from typing import Any
 
 import psutil
 
+from langcell.bench.figures import Figures
+from langcell.bench.options import DataOptions, ScaleOptions, StepOptions
+from langcell.files import write_whole
+
 FOLDER = Path(__file__).parents[2] / "jobs" / "records"
 """Where the project keeps them: `<benchmark>.jsonl`."""
 LIBRARIES = (
     *("numpy", "scipy", "numba", "pyarrow", "tiledbsoma", "cellxgene-census", "ray"),
     *("torch", "deepspeed", "transformers"),
 )
+
+
+def publish(
+    name: str, options: DataOptions | StepOptions | ScaleOptions, summary: Figures, table: str
+) -> None:
+    """What a benchmark ends with: summary.json in `options.dir` (which is there), the table, and the place of
+    both; with `options.record` a record too."""
+    path = Path(os.path.abspath(options.dir)) / "summary.json"
+    write_whole(path, json.dumps(summary, indent=1))
+    print(table, f"\nsummary  {path}", sep="\n", flush=True)
+    if options.record:
+        record = FOLDER / f"{name}.jsonl"
+        append_record(record, asdict(options), summary)
+        print(f"record   {record}", flush=True)
 
 
 def append_record(path: Path, parameters: dict[str, Any], figures: dict[str, Any]) -> None:

@@ -10,7 +10,6 @@ many times one GPU alone (baseline); their ratio is the efficiency.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import tempfile
 from collections import defaultdict
@@ -36,7 +35,6 @@ from langcell.bench.scale_work import (
 )
 from langcell.bench.scaling import Cluster, Line, Predicted, Step, lines, predict
 from langcell.errors import InputError
-from langcell.files import write_whole
 from langcell.model.cell_encoder import scratch_config
 from langcell.model.interop import load_config, text_path
 from langcell.model.options import ModelOptions
@@ -90,13 +88,7 @@ def run(options: ScaleOptions) -> Figures:
         "gpu": "not measured: a model",
         "load_average_before": load,
     }
-    path = directory / "summary.json"
-    write_whole(path, json.dumps(summary, indent=1))
-    print(_table(summary), f"\nsummary  {path}", sep="\n", flush=True)
-    if options.record:
-        record = records.FOLDER / "scale.jsonl"
-        records.append_record(record, dataclasses.asdict(options), summary)
-        print(f"record   {record}", flush=True)
+    records.publish("scale", options, summary, _table(summary))
     return summary
 
 

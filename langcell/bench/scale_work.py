@@ -23,6 +23,7 @@ from transformers import BertConfig
 
 from langcell.batch import MicroBatch, Packed, TextTable
 from langcell.bench.collectives import Collective, Collectives
+from langcell.bench.data import GENES
 from langcell.bench.processes import Work, memory_mb
 from langcell.cells.vocabulary import FIRST_GENE
 from langcell.corpus.options import CorpusOptions
@@ -33,7 +34,7 @@ from langcell.model.flops import Work as Counts
 from langcell.model.flops import count_work, step_flops
 from langcell.model.options import ModelOptions
 
-VOCABULARY = 25_427
+VOCABULARY = FIRST_GENE + GENES + 1
 """Tokens, as Geneformer's dictionary with `<cls>`."""
 CONTEXT = 2_048
 GENES_MEAN, GENES_SPREAD = 1_670.0, 0.7

@@ -15,7 +15,6 @@ of ours at each in `profile/`; without one the record says "not measured".
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import statistics
 import sys
@@ -35,7 +34,6 @@ from langcell.bench.step_work import Kind, Stepped, StepTask
 from langcell.bench.turns import Kept
 from langcell.cells.options import TokenOptions
 from langcell.errors import InputError
-from langcell.files import write_whole
 from langcell.model import flops
 from langcell.model.options import ModelOptions
 
@@ -99,13 +97,7 @@ def run(options: StepOptions) -> Figures:
             "load_average_before": load,
         },
     }
-    path = directory / "summary.json"
-    write_whole(path, json.dumps(summary, indent=1))
-    print(table(summary), f"\nsummary  {path}", sep="\n", flush=True)
-    if options.record:
-        record = records.FOLDER / "step.jsonl"
-        records.append_record(record, dataclasses.asdict(options), summary)
-        print(f"record   {record}", flush=True)
+    records.publish("step", options, summary, table(summary))
     return summary
 
 

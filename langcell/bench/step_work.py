@@ -29,9 +29,10 @@ from langcell.bench.processes import MB, Work
 from langcell.model import flops
 from langcell.model.interop import build_model
 from langcell.model.options import ModelOptions
+from langcell.objective.cached import views_of
 from langcell.objective.lanes import Lanes
 from langcell.objective.options import ObjectiveOptions
-from langcell.objective.stages import LOSSES, Stage, views_of
+from langcell.objective.stages import LOSSES, Stage
 from langcell.train.engine import build_engine, use_bf16
 from langcell.train.options import TrainOptions
 from langcell.train.profile import WAIT, WARMUP, Profile

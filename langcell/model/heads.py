@@ -35,9 +35,9 @@ class GeneHead(nn.Module):
         self.predictions.decoder.weight = cell_bert.embeddings.word_embeddings.weight
         self.predictions.decoder.bias = self.predictions.bias
 
-    def forward(self, states_MW: Tensor, target_M: Tensor | None = None, chunk: int = 4096) -> Tensor:
+    def forward(self, states_MW: Tensor, target_M: Tensor | None = None, chunk: int | None = None) -> Tensor:
         """Logits over the vocabulary [M, V]; with `target_M` (int64) the sum of their cross-entropies
-        instead (nats, float32 scalar), `chunk` positions' logits at a time."""
+        instead (nats, float32 scalar), `chunk` positions' logits at a time (None: all)."""
         if target_M is None:
             return self.predictions(states_MW)
         return self.predictions.decoder(self.predictions.transform(states_MW), target_M, chunk)
@@ -46,11 +46,16 @@ class GeneHead(nn.Module):
 class _Decoder(nn.Linear):
     """The output layer and its loss: as one module, whose weights ZeRO-3 gathers for either."""
 
-    def forward(self, hidden_MW: Tensor, target_M: Tensor | None = None, chunk: int = 4096) -> Tensor:
+    def forward(self, hidden_MW: Tensor, target_M: Tensor | None = None, chunk: int | None = None) -> Tensor:
         if target_M is None:
             return super().forward(hidden_MW)
         return _SummedCrossEntropy.apply(
-            hidden_MW, self.weight, self.bias, target_M, chunk, torch.is_grad_enabled()
+            hidden_MW,
+            self.weight,
+            self.bias,
+            target_M,
+            chunk or max(1, len(hidden_MW)),
+            torch.is_grad_enabled(),
         )
 
 

@@ -15,6 +15,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from langcell.objective.options import TAU_RANGE
+
 
 class Temperature(nn.Module):
     """tau, fixed or learnt in log space; a learnt one is clamped where it is used.
@@ -22,8 +24,6 @@ class Temperature(nn.Module):
     An in-place clamp would not last: ZeRO keeps its own float32 copy of every parameter. A fixed one is
     no buffer, since the engine would round it to bf16.
     """
-
-    RANGE = (0.01, 0.5)  # CLIP's own floor; above 0.5 cosines no longer separate anything
 
     def __init__(self, tau: float, learnt: bool) -> None:
         super().__init__()
@@ -35,7 +35,7 @@ class Temperature(nn.Module):
         """tau as a float32 tensor of shape (1,)."""
         if self.log_tau_1 is None:
             return torch.full((1,), self.fixed, device=device)
-        low, high = (math.log(bound) for bound in self.RANGE)
+        low, high = (math.log(bound) for bound in TAU_RANGE)
         log_tau_1 = self.log_tau_1.float()
         # In value alone: with the clamp's own gradient, zero outside, one step too far would be the last.
         return (log_tau_1 + (log_tau_1.clamp(low, high) - log_tau_1).detach()).exp()

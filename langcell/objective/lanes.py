@@ -42,6 +42,12 @@ class Lanes:
         """This rank's lanes, ascending."""
         return list(range(self.rank, self.total, self.ranks))
 
+    @property
+    def runs(self) -> list[tuple[int, float]]:
+        """What this rank runs, in order: places in `owned`, and weights; a lane that is run again has 0."""
+        again = self.each - len(self.owned)
+        return [(place, 1.0) for place in range(len(self.owned))] + [(0, 0.0)] * again
+
     def rows(self, count: int, device: torch.device) -> Tensor:
         """Where the rows of the owned lanes stand among those of all (int64 [R]). count: rows of a lane."""
         first_K1 = torch.tensor(self.owned, device=device)[:, None] * count

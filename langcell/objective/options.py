@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
+TAU_RANGE = (0.01, 0.5)
+"""Where a learnt temperature is kept: CLIP's own floor; above 0.5 cosines no longer separate anything."""
+
 
 @dataclass
 class ObjectiveOptions:

@@ -9,21 +9,13 @@ Which pass feeds which loss: the first unmasked pass gives z_c to C-C (rows), C-
 pass feeds MGM; C-C's columns come from a second unmasked pass (`mgm_view: own`, three passes) or
 from the masked one (`shared`, two passes).
 
-A rank of one lane needs one forward. A rank of several (gradient accumulation) cannot keep the
-activations of all, yet every lane's contrast needs the views of all: they are made without gradient
-first (`look`), compared once, and then each lane runs its one forward and backward with the gradients of
-the contrast with respect to its views given (`Turn`): the chain rule, cut at the views (Gao et al. 2021,
-"GradCache"). Exact, because dropout is seeded anew before every pass; two of three cell passes run once more
-without gradient, a quarter more work (of two passes with the shared view both, a third more).
+A rank of one lane needs one forward; of several (gradient accumulation) see `cached`.
 
 Shape suffixes: B the lane's cells, T tokens, Z joint space, H text width, N rows of the text table, K
-distinct texts, R rows of all lanes of a rank, C counts of
-work.
+distinct texts, R rows of the lanes whose views these are, C counts of work.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +23,7 @@ from torch import Tensor, nn
 from langcell.batch import MicroBatch, TextTable
 from langcell.model.flops import count_work
 from langcell.model.langcell import LangCell
+from langcell.objective.cached import Turn
 from langcell.objective.contrastive import Temperature
 from langcell.objective.draws import key
 from langcell.objective.gather import sum_over_ranks, world
@@ -44,20 +37,6 @@ TEXT_MODULES = ("text_bert", "text_proj", "ctm_head")
 LOSSES = {1: ("mgm", "cc"), 2: ("mgm", "cc", "ct", "ctm")}
 DROPOUT = 21  # purpose of the seeds
 FIRST, SECOND, MASKED, TEXT, MATCHING = range(5)  # passes, each with a seed of its own
-
-
-@dataclass(frozen=True)
-class Turn:
-    """One lane's forward in a step of several. lane; weight: 0 where a lane is run again only to keep the
-    ranks abreast; scale: of `total`; genes: masked genes of all lanes (float32 scalar); gradients: of the
-    weighted contrast with respect to the lane's views; pairs: of all lanes that this rank knows of."""
-
-    lane: int
-    weight: float
-    scale: float
-    genes: Tensor
-    gradients: Views
-    pairs: Pairs | None
 
 
 class Stage(nn.Module):
@@ -113,9 +92,9 @@ class Stage(nn.Module):
         """This lane's share of each loss, and `total`, the scalar to run backward on.
 
         step: the global step, which runs on through both stages. With one lane a rank nothing else is
-        given. With several, `look` names the lane whose views are asked for (`views_of` reads the result,
-        meant to be made without gradient), and `turn` what came of comparing them: then `mgm` and `ctm`
-        alone are told, weighted, and `total` holds all losses.
+        given. With several, `look` names the lane whose views are asked for (`cached.views_of` reads the
+        result, meant to be made without gradient), and `turn` what came of comparing them: then `mgm` and
+        `ctm` alone are told, weighted, and `total` holds all losses.
 
         Beside the losses: `empty`, the draws of all lanes without a partner (one lane a rank), and `work`,
         the lane's counts as `model.flops.count_work` gives them.
@@ -198,7 +177,7 @@ class Stage(nn.Module):
 
     def _texts(self, batch: MicroBatch, step: int, lane: int) -> Tensor:
         """z_t of each cell's drawn text [B, Z]; a distinct text is encoded once."""
-        row_K, index_B = batch.text_row_B.unique(return_inverse=True)
+        row_K, index_B = batch.distinct_texts
         if self.text_locked:
             assert self.pooled_NH is not None, "pool_table() comes before the first step"
             return self.model.project_pooled(self.pooled_NH[row_K])[index_B]
@@ -229,7 +208,7 @@ class Stage(nn.Module):
             batch.cells.lengths_B,
             masked.index_M.numel(),
             passes,
-            lengths_N[batch.text_row_B.unique()] if reads_texts else None,
+            lengths_N[batch.distinct_texts[0]] if reads_texts else None,
             None if pairs is None else lengths_N[pairs.text_row_U],
             None if pairs is None else pairs.cell_U,
         )
@@ -238,54 +217,3 @@ class Stage(nn.Module):
         """Seed the dropout of one pass by (seed, step, lane, pass), so that a pass can be repeated."""
         if self.training:
             torch.manual_seed(key(self.seed, step, DROPOUT, lane, which))
-
-
-def views_of(looks: list[dict[str, Tensor | None]]) -> Views:
-    """The views of a rank's lanes from what `look` returned of each, as leaves of a graph of their own."""
-
-    def joined(name: str) -> Tensor | None:
-        parts = [look[name] for look in looks if look[name] is not None]
-        return torch.cat(parts).detach().requires_grad_() if parts else None  # type: ignore[arg-type]
-
-    first_RZ, second_RZ = joined("first_RZ"), joined("second_RZ")
-    assert first_RZ is not None
-    assert second_RZ is not None
-    tau_1 = looks[0]["tau_1"]
-    assert tau_1 is not None
-    return Views(first_RZ, second_RZ, joined("text_RZ"), tau_1.detach().requires_grad_())
-
-
-def turns(
-    views: Views, compared: Compared, weights: dict[str, float], genes: Tensor, lanes: Lanes
-) -> list[Turn]:
-    """What each lane that this rank runs is given for its turn.
-
-    views: of the owned lanes (`views_of`), from which `compared` was made; weights: of the losses; genes:
-    masked genes of all lanes.
-    """
-    count = len(views.first_RZ) // len(lanes.owned)
-    contrast = torch.stack([weights[name] * share for name, share in compared.shares.items()]).sum()
-    names = [name for name, view in vars(views).items() if view is not None]
-    found = torch.autograd.grad(contrast, [getattr(views, name) for name in names])
-    gradient = dict(zip(names, found, strict=True))
-
-    def of_lane(place: int) -> Views:
-        def rows(name: str) -> Tensor | None:
-            whole = gradient.get(name)
-            return None if whole is None else whole[place * count : (place + 1) * count]
-
-        first_RZ, second_RZ = rows("first_RZ"), rows("second_RZ")
-        assert first_RZ is not None
-        assert second_RZ is not None
-        tau_1 = gradient["tau_1"] if place == 0 else None  # the temperature is one for all lanes
-        return Views(
-            first_RZ, second_RZ, rows("text_RZ"), torch.zeros_like(views.tau_1) if tau_1 is None else tau_1
-        )
-
-    made = []
-    for place in range(lanes.each):
-        own = place if place < len(lanes.owned) else 0
-        lane = lanes.owned[own]
-        weight = float(place < len(lanes.owned))
-        made.append(Turn(lane, weight, lanes.ranks * lanes.each, genes, of_lane(own), compared.pairs))
-    return made

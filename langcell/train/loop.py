@@ -101,7 +101,7 @@ class _Worker:
     def __init__(self, task: StageTask) -> None:
         self.task = task
         context = ray.train.get_context()
-        self.rank, self.world = context.get_world_rank(), context.get_world_size()
+        self.rank = context.get_world_rank()
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))

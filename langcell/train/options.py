@@ -41,7 +41,7 @@ class TrainOptions:
     activation_checkpointing: bool = False
     """Whether the encoders keep only what enters each layer and compute the rest again in the backward: less memory, a third more work."""
     compile: bool = False
-    """Whether the encoders' layers are compiled (torch.compile). Off, as measured: on a CPU 6 layers of 256 then take 6% longer, after two minutes of compiling (attention runs uncompiled there, and the products bound the rest); on a GPU not measured."""
+    """Whether the encoders' layers are compiled (torch.compile). Off: on a CPU 6 layers of 256 were no faster in a trial, after minutes of compiling (attention runs uncompiled there, and the products bound the rest); on a GPU not measured."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """`fp32`, `bf16`, or `auto` (bf16 on GPUs that have it, else fp32)."""
     seed: int = 0

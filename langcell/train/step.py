@@ -16,9 +16,9 @@ from deepspeed import DeepSpeedEngine
 from torch import Tensor
 
 from langcell.batch import MicroBatch
+from langcell.objective.cached import turns, views_of
 from langcell.objective.gather import sum_over_ranks
 from langcell.objective.lanes import Lanes
-from langcell.objective.stages import turns, views_of
 
 
 def run_step(
@@ -29,7 +29,7 @@ def run_step(
     engine: around a `Stage`; batches: of the owned lanes, in order; step: the global step. Beside the losses
     `empty`: the CTM draws of all lanes that found no partner, the same on every rank.
     """
-    if lanes.total == lanes.ranks:
+    if lanes.each == 1:
         with torch.set_grad_enabled(learn):
             shares = engine(batches[0], step)
         if learn:
@@ -39,20 +39,19 @@ def run_step(
 
     stage = engine.module
     with torch.no_grad():
-        runs = [lane % len(batches) for lane in range(lanes.each)]
-        looks = [engine(batches[i], step, look=lanes.owned[i]) for i in runs][: len(batches)]
+        looks = [engine(batches[place], step, look=lanes.owned[place]) for place, _ in lanes.runs]
         genes = torch.tensor(
             float(sum(stage.mask(batch, step).index_M.numel() for batch in batches)),
             device=batches[0].cells.tokens_T.device,
         )
-    views = views_of(looks)
+    views = views_of(looks[: len(batches)])
     with torch.enable_grad():
         compared = stage.compare(views, batches, lanes, step)
         taken = turns(views, compared, stage.weights, sum_over_ranks(genes).clamp(min=1), lanes)
     summed: dict[str, Tensor] = {**compared.shares, "empty": compared.empty}
-    for i, turn in zip(runs, taken, strict=True):
+    for (place, _), turn in zip(lanes.runs, taken, strict=True):
         with torch.set_grad_enabled(learn):
-            shares = engine(batches[i], step, turn=turn)
+            shares = engine(batches[place], step, turn=turn)
         if learn:
             engine.backward(shares["total"])
             engine.step()

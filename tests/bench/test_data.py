@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from langcell.bench import data, records
-from langcell.bench.entry import INPUT_ERROR, main
+from langcell.bench import data
 from langcell.bench.figures import Size, pass_rates, rates, row
 from langcell.bench.processes import Family, Run
 from langcell.bench.ray_work import Passed
@@ -51,38 +52,19 @@ def test_a_pass_counts_all_of_ray() -> None:
     ],
 )
 def test_what_cannot_be_measured_is_refused(
-    argv: list[str],
-    told: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    argv: list[str], told: str, refused: Callable[[list[str]], str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main("Measure.", argv) == INPUT_ERROR
-    message = capsys.readouterr().err
-    assert message.startswith("error: ")
-    assert told in message
-    assert os.listdir(tmp_path) == []
+    assert told in refused(argv)
 
 
 @pytest.mark.slow
 def test_a_small_benchmark(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, measured: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(records, "FOLDER", tmp_path / "records")
     argv = ["data", "--cells", "600", "--baseline_cells", "100", "--cpus", "[1]", "--repeats", "1"]
-    argv += ["--record", "true", "--dir", str(tmp_path / "bench")]
-    assert main("Measure.", argv) == 0
-
-    summary = json.loads((tmp_path / "bench" / "summary.json").read_text())
-    assert [name for name in summary if name != "details"] == ROWS
-    for name in ROWS:
-        each = summary[name]
-        assert set(each) == {"ours", "baseline", "ratio", "unit", "peak_mb"}
-        assert each["ratio"] == pytest.approx(each["ours"] / each["baseline"])
-        assert each["peak_mb"] > 100
+    summary = measured(argv, ROWS)
+    assert all(summary[name]["peak_mb"] > 100 for name in ROWS)
     record = json.loads((tmp_path / "records" / "data.jsonl").read_text())
-    assert record["figures"] == summary
     assert record["parameters"]["cells"] == 600
     details = summary["details"]
     assert details["corpus"]["cells"] == 600

@@ -13,8 +13,9 @@ from torch.utils.flop_counter import FlopCounterMode
 from langcell.bench.hf_step import ALL, NONE, HfStep, Savings, pairs_run, work_of
 from langcell.bench.step_work import gradient_difference
 from langcell.model.flops import Work, step_flops
+from langcell.objective.cached import views_of
 from langcell.objective.lanes import Lanes
-from langcell.objective.stages import LOSSES, views_of
+from langcell.objective.stages import LOSSES
 from tests.model.test_flops import MAPPING
 from tests.objective import toy
 

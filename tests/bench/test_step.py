@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import json
-import os
-from pathlib import Path
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
 
-from langcell.bench import records, step
-from langcell.bench.entry import INPUT_ERROR, main
+from langcell.bench import step
 from langcell.bench.step_work import gradient_difference
 
 
@@ -24,22 +22,14 @@ from langcell.bench.step_work import gradient_difference
     ],
 )
 def test_what_cannot_be_measured_is_refused(
-    argv: list[str],
-    told: str,
-    tmp_path: Path,
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
+    argv: list[str], told: str, refused: Callable[[list[str]], str]
 ) -> None:
-    monkeypatch.chdir(tmp_path)
-    assert main("Measure.", ["step", *argv]) == INPUT_ERROR
-    assert told in capsys.readouterr().err
+    assert told in refused(["step", *argv])
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_a_gpu_that_is_not_there_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main("Measure.", ["step", "--device", "cuda", "--dir", str(tmp_path)]) == INPUT_ERROR
-    assert "PyTorch sees no GPU" in capsys.readouterr().err
-    assert os.listdir(tmp_path) == []
+def test_a_gpu_that_is_not_there_is_refused(refused: Callable[[list[str]], str]) -> None:
+    assert "PyTorch sees no GPU" in refused(["step", "--device", "cuda"])
 
 
 def test_gradients_that_are_rounding_do_not_count() -> None:
@@ -52,21 +42,10 @@ def test_gradients_that_are_rounding_do_not_count() -> None:
 
 @pytest.mark.slow
 def test_a_small_benchmark(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    measured: Callable[..., dict[str, Any]], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(records, "FOLDER", tmp_path / "records")
     argv = ["step", "--cells", "300", "--micro_batch", "2", "--repeats", "1", "--compared_cells", "2"]
-    argv += ["--record", "true", "--dir", str(tmp_path / "bench")]
-    assert main("Measure.", argv) == 0
-
-    summary = json.loads((tmp_path / "bench" / "summary.json").read_text())
-    assert [name for name in summary if name != "details"] == ["stage1", "stage2"]
-    for name in ("stage1", "stage2"):
-        each = summary[name]
-        assert set(each) == {"ours", "baseline", "ratio", "unit", "peak_mb"}
-        assert each["ratio"] == pytest.approx(each["ours"] / each["baseline"])
-    record = json.loads((tmp_path / "records" / "step.jsonl").read_text())
-    assert record["figures"] == summary
+    summary = measured(argv, ["stage1", "stage2"])
     details = summary["details"]
     assert details["gpu"] == "not measured"
     first, second = (details["sizes"]["6x256"][stage] for stage in ("1", "2"))

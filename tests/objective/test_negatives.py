@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -118,7 +120,7 @@ def test_draws_do_not_depend_on_the_order_of_rows(made: tuple[MicroBatch, Tensor
     order = torch.randperm(n, generator=torch.Generator().manual_seed(n))
     views = Views(unit(n, 1), unit(n, 2), unit(n, 3), torch.tensor([0.1]))
     shuffled_views = Views(unit(n, 1)[order], unit(n, 2)[order], unit(n, 3)[order], views.tau_1)
-    names = [name for name in vars(batch) if name != "cells"]
+    names = [field.name for field in fields(batch) if field.name != "cells"]
     shuffled = MicroBatch(cells=batch.cells, **{name: getattr(batch, name)[order] for name in names})
 
     def mined(batch: MicroBatch, views: Views) -> list[tuple[int, int, bool]]:

@@ -6,7 +6,7 @@ Cell states never do: twice as long cells, whose states are twice as large, move
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import pytest
@@ -14,8 +14,8 @@ import torch
 
 from langcell.batch import MicroBatch, Packed
 from langcell.bench.collectives import Collective, Collectives
+from langcell.bench.ranks import run_ranks
 from tests.objective import toy
-from tests.ranks import run_ranks
 
 RANKS, LANE, JOINT = 2, 4, 8  # ranks, cells of a rank, width of the joint space
 COMBINATIONS = [(1, 2), (2, 1), (3, 2)]  # ZeRO stage, stage
@@ -72,7 +72,7 @@ def of_lanes(rank: int, share: float) -> list[Collective]:
 
 
 def select(batch: MicroBatch, row_B: torch.Tensor) -> MicroBatch:
-    names = [name for name in vars(batch) if name != "cells"]
+    names = [field.name for field in fields(batch) if field.name != "cells"]
     return MicroBatch(
         cells=batch.cells.select(row_B), **{name: getattr(batch, name)[row_B] for name in names}
     )

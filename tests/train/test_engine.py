@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from langcell.bench.ranks import run_ranks
 from tests.objective import toy
-from tests.ranks import run_ranks
 
 STEPS = 2
 LR = 1e-3

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.ranks import run_ranks
+from langcell.bench.ranks import run_ranks
 
 CONFIGS = Path(__file__).parents[2] / "jobs" / "configs"
 GENEFORMER_VOCABULARY = 25_426

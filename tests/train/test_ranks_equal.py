@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from langcell.bench.ranks import run_ranks
 from tests.objective import toy
-from tests.ranks import run_ranks
 
 LOSSES = ("mgm", "cc", "ct", "ctm")
 CELLS = 12
