@@ -44,8 +44,8 @@ from langcell.census.slices import Slice
 from langcell.corpus.beta_pass import RANGES, Tree, own_beta
 from langcell.corpus.options import CorpusOptions
 from langcell.corpus.schema import SPLITS
-from langcell.corpus.storage import open_root
 from langcell.corpus.token_pass import BlockWriter, Encoder
+from langcell.storage import open_root
 
 FLOOR: dict[str, str | int] = {"soma.init_buffer_bytes": 4 << 20, "sm.mem.total_budget": 256 << 20}
 """Settings of the raw read, on top of the product's: 50k cells a CPU second in one range of 51,200, as fast

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from langcell.corpus.manifest import Manifest
 from langcell.corpus.plan import RowGroup
 from langcell.corpus.schema import BLOCK_SCHEMA
-from langcell.corpus.storage import open_root
+from langcell.storage import open_root
 
 
 def row_groups(manifest: Manifest, split: str) -> tuple[RowGroup, ...]:

@@ -29,9 +29,9 @@ from langcell.census.tokenised import TokenisedFolder
 from langcell.corpus.measuring import assume, measure
 from langcell.corpus.options import CorpusOptions
 from langcell.corpus.splits import assign_splits, check_split_options, split_columns
-from langcell.corpus.storage import absolute
 from langcell.corpus.texts import Texts, describe_obs, text_columns
 from langcell.errors import InputError
+from langcell.storage import absolute
 from langcell.text.describe import Coverage
 from langcell.text.ontology import Ontology
 from langcell.text.options import TextOptions

@@ -16,8 +16,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from langcell.cells.faults import REASONS, Fault
-from langcell.corpus.storage import digest
 from langcell.errors import InputError
+from langcell.storage import digest
 
 NAME = "skipped.parquet"
 NAMED = 5

@@ -22,8 +22,8 @@ from pyarrow import fs
 
 import langcell
 from langcell.corpus.schema import SPLITS
-from langcell.corpus.storage import digest_json, open_root, read_file, sizes, write_file
 from langcell.errors import InputError
+from langcell.storage import digest_json, open_root, read_file, sizes, write_file
 
 NAME = "manifest.json"
 FORMAT = 2

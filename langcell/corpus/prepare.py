@@ -40,10 +40,10 @@ from langcell.corpus.manifest import (
 from langcell.corpus.options import CorpusOptions
 from langcell.corpus.roads import Road, take_road
 from langcell.corpus.schema import SPLITS
-from langcell.corpus.storage import digest, digest_json, open_root, read_file, sizes, write_file
 from langcell.corpus.texts import Texts, write_texts
 from langcell.corpus.token_pass import BlockWriter, SliceReport, report_name, write_tokens
 from langcell.errors import InputError
+from langcell.storage import digest, digest_json, open_root, read_file, sizes, write_file
 from langcell.text.options import TextOptions
 
 STATE = "unfinished/state.json"

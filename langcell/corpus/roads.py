@@ -23,9 +23,9 @@ from langcell.census.tokenised import TokenisedFolder
 from langcell.corpus.beta_pass import train_beta
 from langcell.corpus.draft import Draft, Order
 from langcell.corpus.ledger import Ledger, SliceFaults
-from langcell.corpus.storage import digest_json, sizes
 from langcell.corpus.token_pass import Encode, Encoder
 from langcell.errors import InputError
+from langcell.storage import digest_json, sizes
 
 OWN_BETA = "unfinished/beta.parquet"
 _LOST = "unreadable_slices"

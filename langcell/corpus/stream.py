@@ -27,7 +27,7 @@ from ray.data import DataContext
 
 from langcell.batch import MicroBatch, Packed, TextTable
 from langcell.corpus.plan import Plan, Window
-from langcell.corpus.storage import open_root
+from langcell.storage import open_root
 
 COLUMNS = ["soma_joinid", "text_id", "length", "tokens"]
 

@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from langcell.corpus.schema import SPLITS, text_schema
-from langcell.corpus.storage import open_root, read_file
 from langcell.errors import InputError
+from langcell.storage import open_root, read_file
 from langcell.text.describe import Coverage, describe
 from langcell.text.ontology import Ontology
 from langcell.text.options import TextOptions

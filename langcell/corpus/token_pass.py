@@ -30,8 +30,8 @@ from langcell.census.reading import counts_of, patiently
 from langcell.corpus.ledger import SliceFaults
 from langcell.corpus.manifest import Block
 from langcell.corpus.schema import BLOCK_ENCODING, BLOCK_SCHEMA, SPLITS, block_name
-from langcell.corpus.storage import digest, open_root, write_file
 from langcell.corpus.tasks import graph
+from langcell.storage import digest, open_root, write_file
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ from typing import Any
 import langcell
 from langcell.config import Config
 from langcell.corpus.manifest import Manifest
-from langcell.corpus.storage import open_root, read_file
 from langcell.model.interop import build_model, load_tokenizer, save_export
+from langcell.storage import open_root, read_file
 from langcell.train.checkpoint import load_weights, read_cursor, read_tau
 
 CARD = """---

@@ -12,8 +12,8 @@ from langcell.corpus.draft import draft, place_order
 from langcell.corpus.forecast import forecast
 from langcell.corpus.manifest import Manifest
 from langcell.corpus.prepare import prepare
-from langcell.corpus.storage import open_root, sizes, write_file
 from langcell.recipes.session import connect
+from langcell.storage import open_root, sizes, write_file
 from langcell.text.describe import coverage_lines
 
 SUMMARY = "summary.json"

@@ -18,7 +18,6 @@ import torch
 from langcell.cells.vocabulary import Vocabulary
 from langcell.config import Config, to_yaml
 from langcell.corpus.manifest import Manifest, library_versions
-from langcell.corpus.storage import open_root, read_file
 from langcell.corpus.text_table import tokenise_texts
 from langcell.corpus.texts import read_texts
 from langcell.errors import InputError
@@ -39,6 +38,7 @@ from langcell.recipes.report import write_report
 from langcell.recipes.rundir import check_free, store, with_absolute_paths
 from langcell.recipes.session import connect
 from langcell.recipes.training import Plans, fit, make_plans
+from langcell.storage import open_root, read_file
 from langcell.text.ontology import Ontology
 from langcell.train import metrics
 from langcell.train.loop import StageTask

@@ -15,9 +15,9 @@ import yaml
 from langcell.census.opening import resolve
 from langcell.config import Config, to_yaml
 from langcell.corpus.manifest import differences
-from langcell.corpus.storage import absolute
 from langcell.errors import InputError
 from langcell.files import write_whole
+from langcell.storage import absolute
 
 CONFIG = "config.yaml"
 FREE = {

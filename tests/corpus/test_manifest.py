@@ -14,8 +14,8 @@ from langcell.corpus.manifest import (
     library_versions,
     refuse_other,
 )
-from langcell.corpus.storage import digest, open_root, read_file, write_file
 from langcell.errors import InputError
+from langcell.storage import digest, open_root, read_file, write_file
 
 RECIPE = {"census": {"filter": "is_primary_data == True", "version": "2025-11-08"}, "beta": "train split"}
 

@@ -19,10 +19,10 @@ from langcell.corpus import roads
 from langcell.corpus.manifest import Manifest
 from langcell.corpus.prepare import PrepareSummary
 from langcell.corpus.schema import BLOCK_SCHEMA, SPLITS
-from langcell.corpus.storage import digest
 from langcell.corpus.texts import read_texts
 from langcell.corpus.token_pass import write_tokens
 from langcell.errors import InputError
+from langcell.storage import digest
 from tests.corpus.making import HELD_OUT, MAX_LENGTH, ROW_GROUP, make, read_blocks
 
 

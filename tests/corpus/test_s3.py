@@ -15,8 +15,8 @@ import pytest
 from pyarrow import fs
 
 from langcell.corpus.manifest import Manifest
-from langcell.corpus.storage import open_root, read_file, sizes, write_file
 from langcell.errors import InputError
+from langcell.storage import open_root, read_file, sizes, write_file
 from tests.s3server import ENVIRONMENT, SECRET, Fault, S3Server, s3_server
 
 ROOT = Path(__file__).parents[2]

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from langcell.corpus.storage import open_root, write_file
 from langcell.corpus.text_table import load_text_table, related_terms, tokenise_texts
 from langcell.corpus.texts import NAME, Texts, describe_obs, write_texts
 from langcell.model.interop import load_tokenizer
+from langcell.storage import open_root, write_file
 from langcell.text.ontology import Ontology
 from tests.corpus.test_texts import CD4, OPTIONS, ROWS, T, obs_of
 

@@ -3,9 +3,9 @@ import pyarrow as pa
 import pytest
 
 from langcell.corpus.schema import SPLITS
-from langcell.corpus.storage import open_root, write_file
 from langcell.corpus.texts import NAME, describe_obs, read_texts, text_columns, write_texts
 from langcell.errors import InputError
+from langcell.storage import open_root, write_file
 from langcell.text.describe import describe
 from langcell.text.ontology import Ontology
 from langcell.text.options import TextOptions

@@ -18,9 +18,9 @@ from langcell.census.options import CensusOptions
 from langcell.census.reading import counts_block, counts_bytes
 from langcell.census.slices import RawCells, Reader, Slice, make_slices
 from langcell.corpus.schema import SPLITS
-from langcell.corpus.storage import open_root
 from langcell.corpus.token_pass import BlockWriter, Encoder, SliceReport, encode_block, write_tokens
 from langcell.errors import InputError
+from langcell.storage import open_root
 
 N = 50
 

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from langcell.corpus.manifest import Block, Manifest, count_blocks
-from langcell.corpus.storage import digest, open_root, sizes, write_file
 from langcell.errors import InputError
+from langcell.storage import digest, open_root, sizes, write_file
 from tests.s3server import ENVIRONMENT, Fault, S3Server, s3_server
 
 BLOCKS = 60

@@ -1,7 +1,7 @@
-"""Where a corpus lies: any pyarrow filesystem, every file whole or absent.
+"""Where a corpus or a run lies: any pyarrow filesystem, every file whole or absent.
 
-A corpus folder becomes a `SubTreeFileSystem`, so that the rest of the room knows only names relative
-to it ("manifest.json") and a local folder and s3://bucket/corpus take the same road. A file is written
+A folder becomes a `SubTreeFileSystem`, so that who reads or writes it knows only names relative to it
+("manifest.json"), and a local folder and s3://bucket/corpus take the same road. A file is written
 beside its place, under a name of its own, and then moved: a reader never sees half of one, and what a
 worker that died leaves behind ends in `.tmp`. (On S3 a PUT is atomic by itself, but a stream that is left
 by an exception publishes what it has got so far: there, too, only under the other name.)
@@ -28,18 +28,18 @@ def absolute(uri: str) -> str:
     return uri if "://" in uri else os.path.abspath(os.path.expanduser(uri))
 
 
-def open_root(uri: str) -> fs.FileSystem:
+def open_root(uri: str, option: str = "corpus.dir") -> fs.FileSystem:
     """The filesystem whose root is the folder `uri`: a local path or any URI that pyarrow knows.
 
-    Nothing is created. Raises InputError for a URI that pyarrow cannot open, or with credentials in it.
+    option: that a message names. Nothing is created. Raises InputError for a URI that pyarrow cannot open, or with credentials in it.
     """
-    refuse_secrets("corpus.dir", uri)
+    refuse_secrets(option, uri)
     if "://" not in uri:
         return fs.SubTreeFileSystem(absolute(uri), fs.LocalFileSystem())
     try:
         base, path = fs.FileSystem.from_uri(uri)
     except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"corpus.dir: {uri!r} cannot be opened: {error}") from error
+        raise InputError(f"{option}: {uri!r} cannot be opened: {error}") from error
     return fs.SubTreeFileSystem(path, base)
 
 
