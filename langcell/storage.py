@@ -31,7 +31,8 @@ def absolute(uri: str) -> str:
 def open_root(uri: str, option: str = "corpus.dir") -> fs.FileSystem:
     """The filesystem whose root is the folder `uri`: a local path or any URI that pyarrow knows.
 
-    option: that a message names. Nothing is created. Raises InputError for a URI that pyarrow cannot open, or with credentials in it.
+    option: that a message names. Nothing is created. Raises InputError for a URI that pyarrow cannot open, or
+    with credentials in it.
     """
     refuse_secrets(option, uri)
     if "://" not in uri:
