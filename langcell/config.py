@@ -109,9 +109,13 @@ AT_LEAST_ONE = [
     "train.micro_batch",
     "train.stage1_epochs",
     "train.stage2_epochs",
+    "train.min_workers",
     "train.checkpoint_epochs",
+    "train.keep_last",
+    "train.max_skipped",
     "train.evaluate_epochs",
     "train.collective_timeout_s",
+    "train.resize_s",
     "eval.top_k",
     "eval.max_cells",
     "eval.batch_tokens",
@@ -138,7 +142,9 @@ NOT_NEGATIVE = [
     "train.text_lr",
     "train.weight_decay",
     "train.clip",
-    "train.max_failures",
+    "train.checkpoint_steps",
+    "train.checkpoint_minutes",
+    "train.skip_grad_norm",
     "train.profile",
 ]
 BOUNDS: dict[str, tuple[float, float]] = {
@@ -149,6 +155,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "text.max_length": (3, math.inf),
     "objective.tau": (1e-3, 10),
     "train.cpus_per_worker": (1e-4, math.inf),
+    "train.max_failures": (-1, math.inf),
 }
 """Least and greatest value of every number that has one."""
 
@@ -183,6 +190,11 @@ def validate(config: Config) -> None:
         raise InputError(
             f"--train.global_batch ({train.global_batch}) must be a multiple of --train.micro_batch "
             f"({train.micro_batch})."
+        )
+    if train.min_workers is not None and train.min_workers > train.num_workers:
+        raise InputError(
+            f"--train.min_workers ({train.min_workers}) is more than --train.num_workers "
+            f"({train.num_workers})."
         )
     if (lanes := train.global_batch // train.micro_batch) < train.num_workers:
         raise InputError(

@@ -1,4 +1,4 @@
-"""The one error that a user can mend, and what no option may hold."""
+"""How a job ends early: what a user can mend, what cannot go on, and a stop; and what no option may hold."""
 
 import re
 from urllib.parse import parse_qsl
@@ -15,6 +15,14 @@ class InputError(ValueError):
     Raised before any cluster time is spent. Entry points print the message alone and exit with
     code 2; a traceback would only hide it.
     """
+
+
+class RunError(RuntimeError):
+    """A run that cannot go on, and why; a traceback would not say more. Exit code 1."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The job was told to stop and can be resumed. Exit code 75."""
 
 
 def refuse_secrets(option: str, uri: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -36,3 +37,20 @@ def shared() -> Path:
     if not path.is_dir():
         pytest.skip(f"no test data at {path}")
     return path
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """The prepared corpus of tiny training runs (`tests.faults.making.Tiny`), made by a process of its
+    own."""
+    import subprocess
+    import sys
+
+    from tests.faults.making import Tiny, argv
+
+    folder = tmp_path_factory.mktemp("tiny")
+    job = Path(__file__).parents[1] / "jobs" / "prepare.py"
+    demo = job.parent / "configs" / "demo.yaml"
+    command = [sys.executable, str(job), f"--config={demo}", "--run.ray_address=local", *argv(folder)]
+    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    return Tiny(folder)

@@ -53,11 +53,19 @@ class Views:
 class Compared:
     """shares: this rank's share of the means of `cc` and (stage 2) `ct`, differentiable; pairs: those of
     all lanes that this rank may have a cell of (stage 2), cells as rows of all lanes; empty: draws of all
-    lanes that found no partner (float32 scalar)."""
+    lanes that found no partner (float32 scalar); drawn_N2: of this rank's cells that start pairs, joinid and
+    the row of the hard text, -1 where there is none (int64, stage 2)."""
 
     shares: dict[str, Tensor]
     pairs: Pairs | None
     empty: Tensor
+    drawn_N2: Tensor | None = None
+
+    @property
+    def told(self) -> dict[str, Tensor]:
+        """The shares, `empty` and (stage 2) `drawn`, by name."""
+        drawn = {} if self.drawn_N2 is None else {"drawn": self.drawn_N2}
+        return {**self.shares, "empty": self.empty, **drawn}
 
 
 def compare(
@@ -167,8 +175,8 @@ def _mine(
     batches: list[MicroBatch],
     lanes: Lanes,
     options: ObjectiveOptions,
-) -> tuple[Pairs, Tensor]:
-    """The pairs, and how many draws of all lanes found no partner.
+) -> tuple[Pairs, Tensor, Tensor]:
+    """The pairs, how many draws of all lanes found no partner, and the hard texts of this rank's cells.
 
     Three pairs per initiating row i: (i, its text), (i, a hard text), and (a hard cell, its text), or
     (i, a second hard text) where mining is balanced. A draw without a partner is (i, its text) of weight 0.
@@ -204,7 +212,9 @@ def _mine(
         torch.arange(len(cell_P), device=cell_P.device) < n,
         exists_P * weight,
     )
-    return pairs, (exists_M == 0).sum().float()
+    hard_N = mining.rows.text_row_G[text_N].masked_fill(~text_exists_N.bool(), -1)
+    drawn_N2 = torch.stack([mining.rows.soma_joinid_G[row_N], hard_N], dim=1)
+    return pairs, (exists_M == 0).sum().float(), drawn_N2
 
 
 def _gather_ids(batches: list[MicroBatch], lanes: Lanes) -> Rows:

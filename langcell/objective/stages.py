@@ -96,7 +96,7 @@ class Stage(nn.Module):
         result, meant to be made without gradient), and `turn` what came of comparing them: then `mgm` and
         `ctm` alone are told, weighted, and `total` holds all losses.
 
-        Beside the losses: `empty`, the draws of all lanes without a partner (one lane a rank), and `work`,
+        Beside the losses: `empty` and `drawn` as `Compared.told` gives them (one lane a rank), and `work`,
         the lane's counts as `model.flops.count_work` gives them.
         """
         if look is not None:
@@ -113,8 +113,7 @@ class Stage(nn.Module):
         if pairs is not None:
             shares["ctm"] = self._match(batch, step, rank, states_TW, pairs)
         total = torch.stack([self.weights[name] * share for name, share in shares.items()]).sum()
-        told = {"empty": compared.empty, "work": self._work(batch, masked, pairs)}
-        return {**shares, **told, "total": total * ranks}
+        return {**compared.told, **shares, "work": self._work(batch, masked, pairs), "total": total * ranks}
 
     def mask(self, batch: MicroBatch, step: int) -> Masked:
         """The lane's cells with masked genes, the same whenever they are asked for."""

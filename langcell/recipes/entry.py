@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from langcell.config import Config, parse_job
-from langcell.errors import InputError
+from langcell.errors import InputError, Interrupted, RunError
 
-INPUT_ERROR = 2
+FAILED, INPUT_ERROR, RESUME = 1, 2, 75
 
 
 def main(
@@ -21,7 +21,8 @@ def main(
     *,
     plan: Callable[[Config], Any] | None = None,
 ) -> int:
-    """Exit code of a job: 0, or 2 with a message on stderr for what the user can mend.
+    """Exit code of a job: 0; 2 with a message on stderr for what the user can mend; 1 with one for a run that
+    cannot go on; 75 for one that was told to stop and can be resumed.
 
     plan: what `--plan` runs instead of the recipe, for a job that can say beforehand what it will take.
     """
@@ -31,4 +32,10 @@ def main(
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return INPUT_ERROR
+    except RunError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return FAILED
+    except Interrupted as error:
+        print(f"stopped: {error}; the same command with --run.resume auto goes on", file=sys.stderr)
+        return RESUME
     return 0

@@ -12,8 +12,9 @@ import langcell
 from langcell.config import Config
 from langcell.corpus.manifest import Manifest
 from langcell.model.interop import build_model, load_tokenizer, save_export
+from langcell.recipes.rundir import run_name
+from langcell.recipes.training import Trained, whole_model
 from langcell.storage import open_root, read_file
-from langcell.train.checkpoint import load_weights, read_cursor, read_tau
 
 CARD = """---
 license: mit
@@ -34,32 +35,32 @@ text and holds no dialogue.
 """
 
 
-def export(config: Config, manifest: Manifest, weights: Path, directory: Path, *, vocab_size: int) -> Path:
+def export(config: Config, manifest: Manifest, trained: Trained, directory: Path, *, vocab_size: int) -> Path:
     """Write the export into `directory`, which is whole or absent at any time; returns it.
 
-    weights: model.safetensors of the checkpoint that is exported.
+    trained: the checkpoint that is exported.
     """
     model = build_model(config.model, vocab_size, config.tokens.max_length, config.train.seed)
-    load_weights(model, weights)
+    whole_model(trained, model)
     temporary = directory.with_name(directory.name + ".tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     save_export(
         model.eval(),
         temporary,
         load_tokenizer(config.model.text_init),
-        {**export_config(config, manifest), "tau": read_tau(weights)},
+        {**export_config(config, manifest), "tau": trained.record.tau},
     )
     root = open_root(config.corpus.dir)
     for name in ("vocabulary.json", "beta.parquet"):
         (temporary / name).write_bytes(read_file(root, name))
     (temporary / "README.md").write_text(
         CARD.format(
-            name=config.run.name or directory.parent.name,
+            name=run_name(config),
             cells=manifest.cells,
             corpus_hash=manifest.hash[:12],
             uri=config.census.uri or f"CELLxGENE Census {config.census.version}",
             held_out=", ".join(config.eval.held_out_types) or "nothing",
-            steps=read_cursor(weights.parent).global_step,
+            steps=trained.record.cursor.global_step,
             batch=config.train.global_batch,
             seed=config.train.seed,
             ontologies=", ".join(f"{k} {v}" for k, v in manifest.ontologies.items()),

@@ -1,6 +1,7 @@
 """Where a run lives: the options of the recipes room (standard library only)."""
 
 from dataclasses import dataclass
+from typing import Literal
 
 
 @dataclass
@@ -8,11 +9,11 @@ class RunOptions:
     """One run."""
 
     dir: str = "runs/pretrain"
-    """Folder of the run: config.yaml, metrics.jsonl, checkpoints/, export/, report/, summary.json."""
+    """Where the run lives: config.yaml, metrics.jsonl, trace/, checkpoints/, export/, report/, summary.json. A folder that every node sees, or any URI that pyarrow knows (s3://, gs://)."""
     name: str | None = None
     """Name of the run in its metrics, report and model card. None: the last part of `dir`."""
-    resume: bool = False
-    """Go on from the last checkpoint in `dir`; without it a folder that holds a run is refused."""
+    resume: bool | Literal["auto"] = False
+    """`true`: go on from the newest whole checkpoint in `dir`; `false`: a folder that holds a run is refused; `auto`: go on where there is a run, else start one, so that the same command can be submitted again and again."""
     seeds: int = 3
     """Runs of jobs/seeds.py (count), with the seeds train.seed, train.seed + 1, ..."""
     ray_address: str | None = None

@@ -2,18 +2,20 @@
 
 prepare -> stage 1 (cells alone) -> stage 2 (all four losses) -> export -> five zero-shot tables ->
 report. Every step reads what the step before finished and named; whatever is there already is not
-made again, so that a resumed job goes straight to where it stopped. What the user may have got
-wrong is checked before Ray is started or before a worker is.
+made again, so that a resumed job goes straight to where it stopped: in the middle of an epoch, with as many
+workers as there are now. What the user may have got wrong is checked before Ray is started or before a worker
+is.
 """
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
 import torch
+from pyarrow import fs
 
 from langcell.cells.vocabulary import Vocabulary
 from langcell.config import Config, to_yaml
@@ -21,7 +23,6 @@ from langcell.corpus.manifest import Manifest, library_versions
 from langcell.corpus.text_table import tokenise_texts
 from langcell.corpus.texts import read_texts
 from langcell.errors import InputError
-from langcell.files import write_whole
 from langcell.inference.tables import TABLES, Table, plan_tables
 from langcell.model.interop import (
     cell_config,
@@ -31,17 +32,34 @@ from langcell.model.interop import (
     load_tokenizer,
     text_path,
 )
-from langcell.recipes.evaluate import ContrastOnly, evaluate, joint_space, set_aside, zero_shot_summary
+from langcell.objective.stages import LOSSES
+from langcell.recipes.evaluate import (
+    Aside,
+    ContrastOnly,
+    evaluate,
+    joint_space,
+    set_aside,
+    zero_shot_summary,
+)
 from langcell.recipes.export import export
 from langcell.recipes.prepare import prepare_corpus
 from langcell.recipes.report import write_report
-from langcell.recipes.rundir import check_free, store, with_absolute_paths
+from langcell.recipes.rundir import (
+    check_free,
+    outputs,
+    place_in,
+    run_name,
+    run_root,
+    take,
+    with_absolute_paths,
+)
 from langcell.recipes.session import connect
+from langcell.recipes.stopping import Stopping
 from langcell.recipes.training import Plans, fit, make_plans
-from langcell.storage import open_root, read_file
+from langcell.storage import open_root, read_file, write_file
 from langcell.text.ontology import Ontology
-from langcell.train import metrics
-from langcell.train.loop import StageTask
+from langcell.train import metrics, trace
+from langcell.train.task import StageTask
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -52,8 +70,8 @@ def run(config: Config) -> dict[str, Any]:
     config = with_absolute_paths(config)
     check_free(config)
     check_models(config)
-    directory = Path(config.run.dir)
-    with connect(config.run):
+    stopping = Stopping()
+    with connect(config.run), stopping.install():
         prepared = prepare_corpus(config)
         manifest = Manifest.read(config.corpus.dir)
         vocab_size = vocabulary_size(config)
@@ -63,61 +81,68 @@ def run(config: Config) -> dict[str, Any]:
         plan_tables(aside.cells, Ontology.load(config.text), config.eval)
         texts_cut = count_cut(config)
         say_plan(config, manifest, plans, texts_cut)
-        store(config)
-        weights = None
-        for stage in (1, 2):
-            task = StageTask(
-                stage=stage,
-                name=config.run.name or directory.name,
-                run_dir=str(directory),
-                plan=plans.train,
-                val_plan=plans.val,
-                first_step=0 if stage == 1 else config.train.stage1_epochs * plans.train.steps,
-                vocab_size=vocab_size,
-                cell_length=config.tokens.max_length,
-                text_length=config.text.max_length,
-                short_share=config.text.short_share,
-                init=None if weights is None else str(weights),
-                model=config.model,
-                objective=config.objective,
-                train=config.train,
-                corpus=config.corpus,
-                evaluate=ContrastOnly(
-                    aside.cells, config.eval, config.text, config.model.text_init, config.objective.tau
-                )
-                if stage == 2
-                else None,
+        job = take(config)
+        tasks = stage_tasks(config, plans, vocab_size, aside, job)
+        first = fit(tasks[0], stopping)
+        trained = fit(replace(tasks[1], init=first.name), stopping)
+        with outputs(config) as directory:
+            exported = export(config, manifest, trained, directory / "export", vocab_size=vocab_size)
+            print("judging the exported model: five tables, contrast alone and with matching", flush=True)
+            model, model_config = load_export(exported)
+            model.to("cuda" if torch.cuda.is_available() else "cpu")
+            tables = evaluate(config, model, model_config["tau"], aside)
+            root = run_root(config)
+            rows = metrics.read(root, metrics.METRICS)
+            summary = {
+                **training_summary(root, rows, tasks),
+                "texts_cut": texts_cut,
+                "zero_shot": zero_shot_summary(tables),
+                "corpus": prepared,
+                "export": place_in(config, "export"),
+            }
+            write_report(
+                directory / "report",
+                title=f"langcell: {run_name(config)}",
+                metrics=rows,
+                tables=tables,
+                joint_space=joint_space(config, model, aside, tables),
+                config_yaml=to_yaml(config),
+                versions=versions(),
+                manifest=manifest_summary(manifest),
+                summary=summary,
             )
-            weights = fit(task)
-        assert weights is not None
-        exported = export(config, manifest, weights, directory / "export", vocab_size=vocab_size)
-        print("judging the exported model: five tables, contrast alone and with matching", flush=True)
-        model, model_config = load_export(exported)
-        model.to("cuda" if torch.cuda.is_available() else "cpu")
-        tables = evaluate(config, model, model_config["tau"], aside)
-    rows = metrics.read(directory / metrics.METRICS)
-    summary = {
-        **training_summary(rows, metrics.read(directory / metrics.RECOVERIES), config, plans),
-        "texts_cut": texts_cut,
-        "zero_shot": zero_shot_summary(tables),
-        "corpus": prepared,
-        "export": str(exported),
-    }
-    report = write_report(
-        directory / "report",
-        title=f"langcell: {config.run.name or directory.name}",
-        metrics=rows,
-        tables=tables,
-        joint_space=joint_space(config, model, aside, tables),
-        config_yaml=to_yaml(config),
-        versions=versions(),
-        manifest=manifest_summary(manifest),
-        summary=summary,
-    )
-    write_whole(directory / "summary.json", json.dumps(summary, indent=2))
+        write_file(root, "summary.json", json.dumps(summary, indent=2).encode())
     say_tables(tables)
-    print(f"model    {exported}\nreport   {report}\nsummary  {directory / 'summary.json'}", flush=True)
+    names = {"model": "export", "report": "report/index.html", "summary": "summary.json"}
+    print("\n".join(f"{what:<8} {place_in(config, name)}" for what, name in names.items()), flush=True)
     return summary
+
+
+def stage_tasks(
+    config: Config, plans: Plans, vocab_size: int, aside: Aside, job: str
+) -> tuple[StageTask, StageTask]:
+    """What the workers of both stages are told; stage 2 is yet to be given the result of stage 1."""
+    first = StageTask(
+        stage=1,
+        name=run_name(config),
+        run_dir=config.run.dir,
+        plan=plans.train,
+        val_plan=plans.val,
+        first_step=0,
+        vocab_size=vocab_size,
+        cell_length=config.tokens.max_length,
+        text_length=config.text.max_length,
+        short_share=config.text.short_share,
+        init=None,
+        model=config.model,
+        objective=config.objective,
+        train=config.train,
+        corpus=config.corpus,
+        evaluate=None,
+        job=job,
+    )
+    judged = ContrastOnly(aside.cells, config.eval, config.text, config.model.text_init, config.objective.tau)
+    return first, replace(first, stage=2, first_step=first.last_step, evaluate=judged)
 
 
 def check_models(config: Config) -> None:
@@ -141,18 +166,33 @@ def vocabulary_size(config: Config) -> int:
 
 
 def training_summary(
-    rows: list[dict[str, Any]], recoveries: list[dict[str, Any]], config: Config, plans: Plans
+    root: fs.FileSystem, rows: list[dict[str, Any]], tasks: tuple[StageTask, StageTask]
 ) -> dict[str, Any]:
-    """What summary.json says of the training, computed from the record of its steps."""
-    batch, epochs = config.train.global_batch, config.train.stage1_epochs + config.train.stage2_epochs
+    """What summary.json says of the training, computed from the records of its steps and of its cells."""
     steps = {row["step"] for row in rows}
     last = {row["stage"]: row["epoch"] for row in rows}
     losses = {
-        name: float(np.mean([r[name] for r in rows if r["stage"] == stage and r["epoch"] == epoch]))
+        name: float(
+            np.mean(
+                [r[name] for r in rows if (r["stage"], r["epoch"]) == (stage, epoch) and r[name] is not None]
+            )
+        )
         for stage, epoch in last.items()
-        for name in ("mgm", "cc", "ct", "ctm")
-        if name in next(r for r in rows if r["stage"] == stage)
+        for name in LOSSES[stage]
     }
+    counted = [
+        trace.audit(
+            root,
+            task.stage,
+            task.first_step,
+            task.plan.steps,
+            task.epochs,
+            task.plan.steps * task.plan.global_batch,
+        )
+        for task in tasks
+    ]
+    repeated, skipped = map(sum, zip(*counted, strict=True))
+    recoveries = metrics.read(root, metrics.RECOVERIES)
     began = {row["step"]: row["time"] for row in rows}
     return {
         "steps": len(steps),
@@ -162,9 +202,12 @@ def training_summary(
         "data_wait": float(np.median([row["data_wait"] for row in rows])),
         "mfu": float(np.median(mfus)) if (mfus := [row["mfu"] for row in rows if row.get("mfu")]) else None,
         "losses": losses,
-        "rows_repeated": (len(rows) - len(steps)) * batch,
-        "rows_skipped": (epochs * plans.train.steps - len(steps)) * batch,
-        "rows_dropped_tail": plans.train.dropped * epochs,
+        "rows_repeated": repeated,
+        "rows_skipped": skipped,
+        "rows_dropped_tail": sum(task.plan.dropped * task.epochs for task in tasks),
+        "steps_skipped": sum(
+            max((r["skipped"] for r in rows if r["stage"] == task.stage), default=0) for task in tasks
+        ),
         "steps_replayed": sum(r["steps_replayed"] for r in recoveries),
         "recoveries_s": [began[r["step"]] - r["stopped"] for r in recoveries if r["step"] in began],
     }

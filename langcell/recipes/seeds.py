@@ -14,10 +14,11 @@ from typing import Any
 import numpy as np
 
 from langcell.config import Config
+from langcell.errors import InputError
 from langcell.files import write_whole
 from langcell.inference.tables import METHODS, TABLES
 from langcell.recipes import pretrain
-from langcell.recipes.rundir import CONFIG, check_free, with_absolute_paths
+from langcell.recipes.rundir import check_free, with_absolute_paths
 from langcell.recipes.session import connect
 
 SHOWN = ("accuracy", "balanced_accuracy")
@@ -27,8 +28,10 @@ def run(config: Config) -> dict[str, Any]:
     """Run the main job for `run.seeds` seeds from `train.seed` on; a run that is whole is not run again.
 
     The mean and each seed's figures of every table, which also stand in `run.dir/summary.json`. Raises
-    InputError where a run of a seed had other settings.
+    InputError where a run of a seed had other settings, and for a run directory that is a URI.
     """
+    if "://" in config.run.dir:
+        raise InputError(f"run.dir: {config.run.dir} is a URI; several seeds are run in a folder.")
     summaries = {}
     with connect(config.run):
         for seed in range(config.train.seed, config.train.seed + config.run.seeds):
@@ -36,7 +39,7 @@ def run(config: Config) -> dict[str, Any]:
             stored = directory / "summary.json"
             of_seed = replace(
                 config,
-                run=replace(config.run, dir=str(directory), resume=(directory / CONFIG).exists()),
+                run=replace(config.run, dir=str(directory), resume="auto"),
                 train=replace(config.train, seed=seed),
             )
             if stored.exists():

@@ -1,23 +1,30 @@
-"""One stage as a Ray Train run."""
+"""One stage as a Ray Train run, as often as it takes."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
+import tempfile
+from dataclasses import dataclass, replace
 
 import ray
 import torch
-from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
+from ray.train.v2.api.exceptions import TrainingFailedError
+from torch import Tensor, nn
 
 from langcell.corpus.blocks import row_groups
 from langcell.corpus.manifest import Manifest
 from langcell.corpus.options import CorpusOptions
 from langcell.corpus.plan import Plan
-from langcell.errors import InputError
-from langcell.train.checkpoint import WEIGHTS
-from langcell.train.loop import StageTask, run_stage
+from langcell.errors import InputError, Interrupted, RunError
+from langcell.recipes.stopping import Stopping
+from langcell.storage import open_root
+from langcell.train.checkpoint import check_plan, read_weights
+from langcell.train.loop import run_stage
+from langcell.train.notice import make_notice
 from langcell.train.options import TrainOptions
+from langcell.train.store import DamagedError, Record, Store
+from langcell.train.task import Outcome, StageTask
 
 
 @dataclass(frozen=True)
@@ -26,6 +33,16 @@ class Plans:
 
     train: Plan
     val: Plan | None
+
+
+@dataclass(frozen=True)
+class Trained:
+    """A stage's result: the checkpoint that is best by validation loss, or the last; its weights by name in
+    the stage's module."""
+
+    name: str
+    record: Record
+    weights: dict[str, Tensor]
 
 
 def make_plans(manifest: Manifest, corpus: CorpusOptions, train: TrainOptions) -> Plans:
@@ -54,39 +71,92 @@ def use_gpus(options: TrainOptions) -> bool:
     """Whether workers take a GPU each: as told, else if PyTorch can use one and the cluster has enough."""
     if options.gpus is not None:
         return options.gpus
-    return torch.version.cuda is not None and ray.cluster_resources().get("GPU", 0) >= options.num_workers
+    least = options.min_workers or options.num_workers
+    return torch.version.cuda is not None and ray.cluster_resources().get("GPU", 0) >= least
 
 
-def fit(task: StageTask) -> Path:
-    """Run a stage; the `model.safetensors` of its best checkpoint (by validation loss, else the last).
+def fit(task: StageTask, stopping: Stopping | None = None) -> Trained:
+    """Run a stage, from its newest whole checkpoint where it has one; a finished one is not run again.
 
-    A run of the same directory goes on from its last checkpoint; a finished one is not trained again.
+    stopping: what signals reach while it trains. Raises InputError for checkpoints of another corpus, order
+    or batch, RunError where the stage cannot go on, and Interrupted where it was told to stop.
     """
-    gpus = use_gpus(task.train)
-    scored = task.val_plan is not None
-    trainer = TorchTrainer(
-        run_stage,  # type: ignore[arg-type]
-        train_loop_config=task,  # type: ignore[arg-type]
-        torch_config=TorchConfig(
-            backend="nccl" if gpus else "gloo", timeout_s=int(task.train.collective_timeout_s)
-        ),
-        scaling_config=ScalingConfig(
-            num_workers=task.train.num_workers,
-            use_gpu=gpus,
-            resources_per_worker={"CPU": task.train.cpus_per_worker, **({"GPU": 1} if gpus else {})},
-        ),
-        run_config=RunConfig(
-            name=f"stage{task.stage}",
-            storage_path=str((Path(task.run_dir) / "checkpoints").absolute()),
-            failure_config=FailureConfig(max_failures=task.train.max_failures),
-            checkpoint_config=CheckpointConfig(
-                num_to_keep=2,
-                checkpoint_score_attribute="val_loss" if scored else None,
-                checkpoint_score_order="min",
-            ),
-        ),
+    root = open_root(task.run_dir, "run.dir")
+    root.create_dir("checkpoints", recursive=True)
+    store = Store(root, task.stage)
+    for _, record in store.committed():
+        check_plan(record, task.plan.hash)
+    if not _is_finished(store, task):
+        outcome = _train(task, stopping or Stopping())
+        if outcome.status == "failed":
+            raise RunError(f"stage {task.stage}: {outcome.message}")
+        if outcome.status == "stopped":
+            raise Interrupted(f"stage {task.stage}, its checkpoint is committed")
+    return _result(store)
+
+
+def _is_finished(store: Store, task: StageTask) -> bool:
+    return any(record.cursor.global_step == task.last_step for _, record in store.committed())
+
+
+def _train(task: StageTask, stopping: Stopping) -> Outcome:
+    options, gpus = task.train, use_gpus(task.train)
+    workers = (
+        options.num_workers if options.min_workers is None else (options.min_workers, options.num_workers)
     )
-    result = trainer.fit()
-    best = result.get_best_checkpoint("val_loss", "min") if scored else result.checkpoint
-    assert best is not None, "a stage ends with a checkpoint"
-    return Path(best.path) / WEIGHTS
+    notice = make_notice()
+    with tempfile.TemporaryDirectory() as ray_dir:  # Ray Train keeps nothing of ours there
+        trainer = TorchTrainer(
+            run_stage,  # type: ignore[arg-type]
+            train_loop_config=replace(task, notice=notice),  # type: ignore[arg-type]
+            torch_config=TorchConfig(
+                backend="nccl" if gpus else "gloo", timeout_s=int(options.collective_timeout_s)
+            ),
+            scaling_config=ScalingConfig(  # type: ignore[call-arg]  # stubs are of the older API
+                num_workers=workers,  # type: ignore[arg-type]
+                elastic_resize_monitor_interval_s=options.resize_s,
+                use_gpu=gpus,
+                resources_per_worker={
+                    "CPU": options.cpus_per_worker,
+                    **({"GPU": 1} if gpus else {}),
+                    **options.worker_resources,
+                },
+            ),
+            run_config=RunConfig(
+                name=f"stage{task.stage}",
+                storage_path=ray_dir,
+                failure_config=FailureConfig(max_failures=options.max_failures),
+            ),
+        )
+        try:
+            result = stopping.attend(trainer.fit, lambda: ray.get(notice.give.remote()))
+        except TrainingFailedError as error:
+            raise RunError(
+                f"stage {task.stage}: workers failed more than train.max_failures ({options.max_failures}) "
+                "times. What was committed stands: --run.resume true goes on from there. The last failure: "
+                f"{error}"
+            ) from error
+    return result.return_value  # type: ignore[attr-defined]
+
+
+def _result(store: Store) -> Trained:
+    """Raises RunError where no checkpoint of a finished stage can be read."""
+    for name, record in store.best():
+        try:
+            return Trained(name, record, read_weights(store, name, record))
+        except DamagedError as error:
+            print(f"checkpoint {name} is passed over, it is damaged: {error}", flush=True)
+    raise RunError(f"no checkpoint in {store.folder} of the run directory can be read")
+
+
+@torch.no_grad()
+def whole_model(trained: Trained, model: nn.Module) -> None:
+    """Set the trained weights of `model`; what was frozen keeps its value. Raises InputError for
+    another's."""
+    own = {f"model.{name}": parameter for name, parameter in model.named_parameters()}
+    for name, weight in trained.weights.items():
+        if not name.startswith("model."):
+            continue  # the temperature
+        if name not in own or own[name].shape != weight.shape:
+            raise InputError(f"checkpoint {trained.name} is of another model: {name} does not fit")
+        own[name].copy_(weight)

@@ -9,6 +9,7 @@ by training).
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import deepspeed
@@ -19,6 +20,9 @@ from transformers import get_cosine_schedule_with_warmup
 
 from langcell.model.langcell import LangCell
 from langcell.train.options import TrainOptions
+
+PARTITIONS = ("single_partition_of_fp32_groups", "fp32_groups_flat_partition", "fp32_partitioned_groups_flat")
+"""Where DeepSpeed keeps the float32 weights of a rank: ZeRO 1 and 2, its BF16_Optimizer, ZeRO 3."""
 
 
 def use_bf16(options: TrainOptions, device: torch.device) -> bool:
@@ -52,6 +56,40 @@ def parameter_groups(
     ]
 
 
+class GuardedAdamW(torch.optim.AdamW):
+    """AdamW whose step is left out where `allowed` says so.
+
+    DeepSpeed calls it once a partition, when it has the norm of the whole gradient: the same on every rank,
+    and so the decision is. Weights, moments and count stay as they are; the gradient is thrown away.
+    """
+
+    allowed: Callable[[], bool] | None = None
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        if self.allowed is None or self.allowed():
+            super().step(closure)
+
+
+def optimizer_states(engine: DeepSpeedEngine) -> list[dict[str, Any]]:
+    """AdamW's state of every flat partition that this rank holds (`step`, `exp_avg`, `exp_avg_sq`)."""
+    return list(engine.optimizer.optimizer.state.values())
+
+
+def _make_states(engine: DeepSpeedEngine) -> None:
+    """Give AdamW its state, which it would make at its first step: a checkpoint may be loaded, or made,
+    before."""
+    zero = engine.optimizer
+    (partitions,) = (getattr(zero, name) for name in PARTITIONS if hasattr(zero, name))
+    for partition in partitions:
+        zero.optimizer.state[partition] = {
+            "step": torch.zeros((), dtype=torch.float32, device=partition.device),
+            "exp_avg": torch.zeros_like(partition),
+            "exp_avg_sq": torch.zeros_like(partition),
+        }
+    if hasattr(zero, "_lazy_init_hp_params_optimizer_state"):
+        zero._lazy_init_hp_params_optimizer_state()  # stages 1 and 2: where each parameter's lies
+
+
 def zero_config(options: TrainOptions, device: torch.device) -> dict[str, Any]:
     """DeepSpeed's `zero_optimization`: the stage, and where the optimiser's state lives."""
     config: dict[str, Any] = {"stage": options.zero}
@@ -68,12 +106,14 @@ def build_engine(
     steps: int,
     device: torch.device,
     lanes: int = 1,
+    done: int = 0,
 ) -> DeepSpeedEngine:
     """The engine around `module`, in an initialised process group.
 
     lr: peak rate of the cell side; steps: optimiser steps of the stage, for warm-up and cosine; lanes:
     micro-batches that a rank runs in a step, each one call, one backward and one `engine.step()`, the
-    last of which moves the weights. The gradient is the mean over ranks and lanes.
+    last of which moves the weights. The gradient is the mean over ranks and lanes. done: steps of the stage
+    that lie behind, for the schedule.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     for part in module.modules():
@@ -82,14 +122,12 @@ def build_engine(
                 part.checkpoint_layers()
             if options.compile:
                 part.compile_layers()
-    optimizer = torch.optim.AdamW(
-        parameter_groups(module, lr, options.text_lr, options.weight_decay), fused=True
-    )
+    optimizer = GuardedAdamW(parameter_groups(module, lr, options.text_lr, options.weight_decay), fused=True)
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     # From the schedule's second point on: at its first the rate is zero, a step that trains nothing.
     schedule = get_cosine_schedule_with_warmup(
-        optimizer, max(1, int(options.warmup_share * steps)), steps + 1, last_epoch=0
+        optimizer, max(1, int(options.warmup_share * steps)), steps + 1, last_epoch=done
     )
     bf16 = use_bf16(options, device)
     config = {
@@ -112,4 +150,5 @@ def build_engine(
         dist_init_required=False,
         config=config,
     )
+    _make_states(engine)
     return engine

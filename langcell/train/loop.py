@@ -1,210 +1,313 @@
-"""What one Ray Train worker does: one stage, from its first micro-batch to its last checkpoint.
+"""What one Ray Train worker does: one stage, from its first micro-batch, or its cursor, to its last
+checkpoint.
 
-Both stages run this loop; they differ in their losses alone. Each step: the micro-batches of the rank's
-lanes from its stream, one optimiser step (`step`), a row of metrics. At an epoch's end: the losses on the
-`val` split, zero-shot figures from the function that the recipe hands in, a checkpoint.
+Both stages run this loop; they differ in their losses alone. Each step: the micro-batches of the rank's lanes
+from its stream, one optimiser step (`step`), a row of metrics, and what all ranks agreed on meanwhile
+(`told`): a checkpoint, a stop. At an epoch's end: the losses on the `val` split, zero-shot figures from the
+function that the recipe hands in, a checkpoint.
 
-Shape suffixes: L losses, N counts of work, W ranks.
+A worker that cannot go on for a reason that a restart would meet again ends with an `Outcome` that says so;
+one that fails raises, and Ray Train starts all of them again, from the newest whole checkpoint.
 """
 
 from __future__ import annotations
 
 import logging
 import os
-import tempfile
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
-from pathlib import Path
+import uuid
+from collections.abc import Iterator
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
+import ray.util
 import torch
 import torch.distributed as dist
-from deepspeed import DeepSpeedEngine
 from ray.experimental import tqdm_ray
+from torch import Tensor
 
-from langcell.batch import MicroBatch, TextTable
-from langcell.corpus.options import CorpusOptions
-from langcell.corpus.plan import Plan
+from langcell.batch import MicroBatch
 from langcell.corpus.stream import Position, deal_round, micro_batch, stream
-from langcell.corpus.text_table import load_text_table
+from langcell.errors import InputError
 from langcell.model.flops import Work, mfu, peak_flops, step_flops
-from langcell.model.interop import build_model, load_tokenizer
-from langcell.model.langcell import LangCell
-from langcell.model.options import ModelOptions
-from langcell.objective.lanes import Lanes
-from langcell.objective.options import ObjectiveOptions
-from langcell.objective.stages import LOSSES, Stage
-from langcell.train import checkpoint as ckpt
-from langcell.train.engine import build_engine
+from langcell.objective.stages import LOSSES
+from langcell.storage import open_root, read_file, write_file
+from langcell.train import liveness as live
+from langcell.train import trace
+from langcell.train.guard import Guard
+from langcell.train.liveness import Liveness
 from langcell.train.metrics import Metrics
-from langcell.train.options import TrainOptions
+from langcell.train.notice import Listener
 from langcell.train.profile import Profile
+from langcell.train.saver import Keep, Saver, TakenOverError
+from langcell.train.setup import Ready, make_deterministic, make_ready
 from langcell.train.step import run_step
+from langcell.train.store import Cursor, DamagedError, Store
+from langcell.train.task import OWNER, Outcome, StageTask
+from langcell.train.told import Told, tell
+
+ASK_S = 5.0
+"""Seconds between questions whether a node is about to be taken away: each is a barrier."""
 
 
-@dataclass(frozen=True)
-class StageTask:
-    """All that a worker must know to run one stage; travels to it pickled."""
-
-    stage: int
-    name: str
-    run_dir: str
-    plan: Plan
-    val_plan: Plan | None
-    first_step: int
-    """Global step at which the stage begins."""
-    vocab_size: int
-    cell_length: int
-    text_length: int
-    short_share: float
-    init: str | None
-    """model.safetensors of the stage before; None: the starting weights of `model`."""
-    model: ModelOptions
-    objective: ObjectiveOptions
-    train: TrainOptions
-    corpus: CorpusOptions
-    evaluate: Callable[[LangCell], dict[str, Any]] | None
-    """Zero-shot figures of a model in eval mode; called on every rank alike."""
-
-    @property
-    def epochs(self) -> int:
-        return self.train.stage1_epochs if self.stage == 1 else self.train.stage2_epochs
-
-    @property
-    def lr(self) -> float:
-        if self.stage == 1 and self.train.stage1_lr is not None:
-            return self.train.stage1_lr
-        return self.train.lr
-
-
-def run_stage(task: StageTask) -> None:
+def run_stage(task: StageTask) -> Outcome:
     """The `train_loop_per_worker` of a stage."""
-    _Worker(task).run()
-
-
-@dataclass(frozen=True)
-class _Told:
-    """Of all ranks: losses, tokens and work of a step, and the longest time (s) that one of them waited for
-    data: the others wait for that rank in their next collective."""
-
-    losses: dict[str, float]
-    tokens: float
-    work: Work
-    wait: float
+    for chatty in ("ray.train", "ray.data"):
+        logging.getLogger(chatty).setLevel(logging.WARNING)
+    if task.train.deterministic:
+        make_deterministic()
+    board = live.board()
+    host = ray.util.get_node_ip_address()
+    with Liveness(board, task.train.collective_timeout_s, host) as liveness:
+        liveness.at(task.first_step, live.START)
+        try:
+            return _Worker(task, liveness, live.clone(board)).run()
+        except (InputError, DamagedError) as error:
+            return Outcome("failed", str(error))
+        except RuntimeError as error:
+            if liveness.message is not None:
+                raise RuntimeError(liveness.message) from error
+            raise
 
 
 class _Worker:
-    def __init__(self, task: StageTask) -> None:
-        self.task = task
+    def __init__(self, task: StageTask, liveness: Liveness, board: dist.Store) -> None:
+        self.task, self.liveness = task, liveness
         context = ray.train.get_context()
         self.rank = context.get_world_rank()
         self.device = ray.train.torch.get_device()
         if self.device.type == "cpu":
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // context.get_local_world_size()))
-        texts = load_text_table(task.corpus.dir, load_tokenizer(task.model.text_init), task.text_length)
-        self.texts: TextTable = texts
-        self.lanes = Lanes.here(task.plan.lanes)
+        root = open_root(task.run_dir, "run.dir")
+        store = Store(root, task.stage)
+        self.token = f"{task.job} {uuid.uuid4().hex}"
+        self.root = root
+        if self.rank == 0:
+            self._take_over()
+            store.clean()
+        self.ready: Ready = make_ready(task, store, self.device)
+        cursor = self.ready.cursor
+        self.start = task.position(cursor.global_step)
+        self.lanes, self.engine = self.ready.lanes, self.ready.engine
+        self.guard = Guard(self.engine, task.train.skip_grad_norm, cursor.skipped, cursor.skipped_in_row)
+        self.metrics: Metrics | None = None
+        self.listener: Listener | None = None
+        if self.rank == 0:
+            trace.cut_back(root, task.stage, cursor.global_step)
+            self.metrics = Metrics(root, task.name, task.stage, cursor.global_step)
+            self.listener = Listener(task.notice) if task.notice is not None else None
+        self.trace = trace.Trace()
+        keep = Keep(task.train.keep_last, task.train.keep_epoch_ends)
+        self.saver = Saver(store, board, self.trace, keep, cursor.global_step, self._before_commit)
+        self._asks = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0"
+        self._asked = self._saved = time.monotonic()
+        self._warned_of: tuple[str, ...] = ()
         cuda = self.device.type == "cuda"
         self._peak = peak_flops(torch.cuda.get_device_name(self.device)) if cuda else None
-        self.engine = self._engine()
-        self.start = Position(0, 0)
-        latest = ray.train.get_checkpoint()
-        if latest is not None:
-            with latest.as_directory() as directory:
-                cursor = ckpt.load(self.engine, Path(directory), task.plan.hash)
-            self.start = Position(cursor.epoch, cursor.step)
 
-    def _engine(self) -> DeepSpeedEngine:
+    def run(self) -> Outcome:
         task = self.task
-        model = build_model(task.model, task.vocab_size, task.cell_length, task.train.seed)
-        objective = task.objective
-        if task.init is not None:
-            ckpt.load_weights(model, Path(task.init))
-            objective = replace(objective, tau=ckpt.read_tau(Path(task.init)))
-        stage = Stage(
-            model,
-            objective,
-            stage=task.stage,
-            cls=task.vocab_size - 1,
-            seed=task.train.seed,
-            text_train=task.model.text_train,
-            texts=self.texts.to(self.device),
-        )
-        if task.stage == 2 and stage.text_locked:
-            stage.to(self.device).pool_table()
-        return build_engine(
-            stage,
-            task.train,
-            lr=task.lr,
-            steps=task.epochs * task.plan.steps,
-            device=self.device,
-            lanes=self.lanes.each,
-        )
-
-    def run(self) -> None:
-        task, plan = self.task, self.task.plan
-        first = self._global_step(self.start)
-        metrics = Metrics(Path(task.run_dir), task.name, task.stage, first) if self.rank == 0 else None
-        total = task.epochs * plan.steps
+        begun, total = task.global_step(self.start) - task.first_step, task.last_step - task.first_step
+        if begun == total:
+            return Outcome("finished")
         bar = tqdm_ray.tqdm(total=total, desc=f"stage {task.stage}") if self.rank == 0 else None
         if bar is not None:
-            bar.update(first - task.first_step)
+            bar.update(begun)
         steps = task.train.profile if self.rank == 0 else 0
-        with Profile(Path(task.run_dir) / "profile", f"stage{task.stage}", steps) as profile:
-            self._steps(metrics, bar, profile)
-        if metrics is not None and bar is not None:
-            metrics.close()
-            bar.close()
+        try:
+            with Profile(self.root, f"stage{task.stage}", steps) as profile:
+                for outcome in self._steps():
+                    if bar is not None:
+                        bar.update(1)
+                    profile.step()
+                    if outcome is not None:
+                        return outcome
+        finally:
+            if bar is not None:
+                bar.close()
+            if self.metrics is not None:
+                self.metrics.close()
+        raise AssertionError("the last step has an outcome")
 
-    def _steps(self, metrics: Metrics | None, bar: tqdm_ray.tqdm | None, profile: Profile) -> None:
-        task, plan = self.task, self.task.plan
-        rows: list[dict[str, float]] = []
+    def _steps(self) -> Iterator[Outcome | None]:
+        """Train; after each step what comes of it: an outcome where the worker ends."""
         waited = time.perf_counter()
+        self.liveness.at(self.task.global_step(self.start), live.DATA)
         for position, batches in self._batches():
             began = time.perf_counter()
-            shares = run_step(self.engine, self.lanes, batches, self._global_step(position))
-            tokens = sum(batch.cells.tokens_T.numel() for batch in batches)
-            told = self._global(shares, tokens, began - waited)
-            losses = told.losses
+            step = self.task.global_step(position)
+            self.liveness.at(step, live.STEP)
+            told, shares = self._step(step, batches, began - waited)
             ended = time.perf_counter()
-            seconds = ended - waited
-            row = {
-                "step": self._global_step(position),
-                "epoch": position.epoch,
-                "stage": task.stage,
-                "time": time.time(),
-                "cells_per_s": plan.global_batch / seconds,
-                "tokens_per_s": told.tokens / seconds,
-                "mfu": self._mfu(told.work, seconds),
-                "data_wait": told.wait / seconds,
-                "lr": self.engine.get_lr()[0],
-                "grad_norm": float(self.engine.get_global_grad_norm()),
-                "ctm_empty": float(shares["empty"]),
-            }
+            row = self._row(position, told, shares, ended - waited)
             waited = ended
-            rows.append(losses)
-            ends_epoch = position.step == plan.steps - 1
-            val = self._validate() if ends_epoch else {}
-            if metrics is not None and bar is not None:
-                metrics.write(row, {**losses, **val})
-                bar.update(1)
-            if ends_epoch:
-                self._end_epoch(position.epoch, rows, val)
-                rows = []
-                waited = time.perf_counter()
-            profile.step()
+            yield self._after(position, row, told)
+            self.liveness.at(step + 1, live.DATA)
 
-    def _global_step(self, position: Position) -> int:
-        return self.task.first_step + position.epoch * self.task.plan.steps + position.step
+    def _step(self, step: int, batches: list[MicroBatch], wait: float) -> tuple[Told, dict[str, Tensor]]:
+        told: list[Told] = []
+
+        def before_update(shares: dict[str, Tensor]) -> None:
+            told.append(
+                tell(
+                    shares,
+                    LOSSES[self.task.stage],
+                    self.lanes,
+                    tokens=sum(batch.cells.tokens_T.numel() for batch in batches),
+                    wait=wait,
+                    flags=self._flags(step),
+                )
+            )
+            self.guard.judge(told[0].losses.values())
+
+        shares = run_step(self.engine, self.lanes, batches, step, before_update=before_update)
+        self.guard.count()
+        self.trace.add(step, batches, shares.get("drawn"))
+        if self.guard.skips:
+            self._write_skipped(step, batches, shares.get("drawn"))
+        return told[0], shares
+
+    def _row(
+        self, position: Position, told: Told, shares: dict[str, Tensor], seconds: float
+    ) -> dict[str, Any]:
+        norm = self.engine.get_global_grad_norm()
+        return {
+            "step": self.task.global_step(position),
+            "epoch": position.epoch,
+            "stage": self.task.stage,
+            "time": time.time(),
+            "cells_per_s": self.task.plan.global_batch / seconds,
+            "tokens_per_s": told.tokens / seconds,
+            "mfu": self._mfu(told.work, seconds),
+            "data_wait": told.wait / seconds,
+            "lr": self.engine.get_lr()[0],
+            "grad_norm": None if norm is None else float(norm),
+            "skipped": self.guard.skipped,
+            "ctm_empty": float(shares["empty"]),
+            **told.losses,
+        }
+
+    def _after(self, position: Position, row: dict[str, Any], told: Told) -> Outcome | None:
+        """Metrics, and what is due after a step: an epoch's end, a checkpoint, an end."""
+        task, step = self.task, row["step"]
+        ends_epoch = position.step == task.plan.steps - 1
+        last = step == task.last_step - 1
+        val = {}
+        if ends_epoch:
+            self.liveness.at(step, live.VALIDATION)
+            val = self._validate()
+        if self.metrics is not None:
+            losses = {name: row[name] for name in LOSSES[task.stage]}
+            self.metrics.write({k: v for k, v in row.items() if k not in losses}, {**losses, **val})
+        if ends_epoch:
+            self._end_epoch(position.epoch, val)
+        self.liveness.at(step, live.CHECKPOINT)
+        if "give_up" in told.flags:
+            return self._give_up()
+        if 0 < task.train.max_skipped <= self.guard.in_row:
+            self.saver.wait(self.device)
+            return Outcome("failed", self._say_skipped(step))
+        stops = "stop" in told.flags
+        milestone = ends_epoch and (last or (position.epoch + 1) % task.train.checkpoint_epochs == 0)
+        if last or stops or self._is_drained(told):
+            if not self._save_now(step, val, ends_epoch):
+                return self._give_up()
+            return Outcome("finished") if last else Outcome("stopped") if stops else None
+        if (milestone or "due" in told.flags) and (milestone or "busy" not in told.flags):
+            if milestone:
+                self.saver.wait(self.device)
+            self.saver.save(self.engine, self._cursor(step), val.get("val_loss"), ends_epoch=ends_epoch)
+            self._saved = time.monotonic()
+        return None
+
+    def _flags(self, step: int) -> frozenset[str]:
+        """What this rank raises in the collective of a step."""
+        options, now = self.task.train, time.monotonic()
+        flags = {"busy"} if self.saver.busy else set()
+        if self.rank == 0:
+            by_time = 0 < options.checkpoint_minutes * 60 <= now - self._saved
+            by_steps = (
+                options.checkpoint_steps and (step + 1 - self.task.first_step) % options.checkpoint_steps == 0
+            )
+            flags |= {"due"} if by_time or by_steps else set()
+            flags |= {"stop"} if self.listener is not None and self.listener.heard else set()
+            flags |= {"give_up"} if self.saver.hopeless or self.saver.taken_over else set()
+            if self._asks and now - self._asked > ASK_S:
+                self._asked = now
+                flags.add("ask")
+        return frozenset(flags)
+
+    def _is_drained(self, told: Told) -> bool:
+        """Whether a node is about to be taken away, for which no checkpoint was made yet; asked now and
+        then."""
+        info = ray.train.get_preemption_info() if "ask" in told.flags else None
+        if info is None or tuple(info.preempted_node_ids) == self._warned_of:
+            return False
+        self._warned_of = tuple(info.preempted_node_ids)
+        return True
+
+    def _cursor(self, step: int) -> Cursor:
+        following = self.task.position(step + 1)
+        return Cursor(
+            self.task.stage,
+            following.epoch,
+            following.step,
+            step + 1,
+            self.task.plan.hash,
+            self.guard.skipped,
+            self.guard.in_row,
+        )
+
+    def _save_now(self, step: int, val: dict[str, float], ends_epoch: bool) -> bool:
+        self._saved = time.monotonic()
+        return self.saver.save_now(
+            self.device, self.engine, self._cursor(step), val.get("val_loss"), ends_epoch=ends_epoch
+        )
+
+    def _take_over(self) -> None:
+        """From here on no other workers commit to this run: a node that is cut off does not know that it was
+        given up, and goes on."""
+        owner = read_file(self.root, OWNER).decode() if self.task.job else ""
+        if owner.partition(" ")[0] != self.task.job:
+            raise InputError(f"another job has taken over the run in {self.task.run_dir}; this one ends")
+        write_file(self.root, OWNER, self.token.encode())
+
+    def _before_commit(self) -> None:
+        if read_file(self.root, OWNER).decode() != self.token:
+            raise TakenOverError(
+                f"another job, or other workers of this one, have taken over the run in {self.task.run_dir}; "
+                "these write no more"
+            )
+        assert self.metrics is not None
+        self.metrics.publish()
+
+    def _give_up(self) -> Outcome:
+        self.saver.wait(self.device)
+        why = self.saver.taken_over or (
+            f"checkpoints cannot be written to {self.task.run_dir}: {' / '.join(self.saver.failures[-1:])}. "
+            "What was committed before stands: mend the storage, then --run.resume true goes on from there."
+        )
+        return Outcome("failed", why)
+
+    def _write_skipped(self, step: int, batches: list[MicroBatch], drawn_N2: Tensor | None) -> None:
+        """The cells of a step that was left out, for inspection."""
+        self.root.create_dir("skipped", recursive=True)
+        path = f"skipped/step-{step:08d}-{self.rank}-of-{self.lanes.ranks}.parquet"
+        pq.write_table(trace.rows_of(step, batches, drawn_N2), path, filesystem=self.root)
+
+    def _say_skipped(self, step: int) -> str:
+        return (
+            f"{self.guard.in_row} steps in a row up to step {step} had a loss or a gradient that is no "
+            f"number, or a norm beyond train.skip_grad_norm ({self.task.train.skip_grad_norm:g}). No update "
+            f"was made of them, and their cells are in {self.task.run_dir}/skipped. Look at grad_norm and "
+            "the losses before them in metrics.jsonl; a lower --train.lr, or other data, needs another run."
+        )
 
     def _batches(self) -> Iterator[tuple[Position, list[MicroBatch]]]:
         task = self.task
-        for chatty in ("ray.train", "ray.data"):
-            logging.getLogger(chatty).setLevel(logging.WARNING)
         steps = stream(
             task.corpus.dir,
             task.plan,
@@ -217,30 +320,13 @@ class _Worker:
             yield position, self._micro_batches(rows, position.epoch, task.short_share)
 
     def _micro_batches(self, rows: pa.Table, epoch: int, short_share: float) -> list[MicroBatch]:
-        seed = self.task.train.seed
+        seed, texts = self.task.train.seed, self.ready.texts
         return [
-            micro_batch(rows.slice(i, 1), self.texts, epoch=epoch, short_share=short_share, seed=seed).to(
+            micro_batch(rows.slice(i, 1), texts, epoch=epoch, short_share=short_share, seed=seed).to(
                 self.device
             )
             for i in range(len(rows))
         ]
-
-    def _global(self, shares: dict[str, torch.Tensor], tokens: float = 0.0, wait: float = 0.0) -> _Told:
-        """What all ranks have to tell of a step, in one small collective."""
-        names = LOSSES[self.task.stage]
-        losses_L = torch.stack([shares[name].float() for name in names])
-        waits_W = losses_L.new_zeros(self.lanes.ranks)
-        waits_W[self.lanes.rank] = wait
-        parts = [losses_L, losses_L.new_tensor([tokens]), shares["work"].float(), waits_W]
-        values = torch.cat(parts)
-        dist.all_reduce(values)
-        losses, tokens_1, work_N, waits = values.split([len(part) for part in parts])
-        return _Told(
-            dict(zip(names, losses.tolist(), strict=True)),
-            tokens_1.item(),
-            Work(*work_N.tolist()),
-            max(waits.tolist()),
-        )
 
     def _mfu(self, work: Work, seconds: float) -> float | None:
         """Share of what the devices could do at their bf16 peak; None where that is not known (a CPU)."""
@@ -256,21 +342,25 @@ class _Worker:
         )
         return mfu(done.total, seconds, self._peak * self.lanes.ranks)
 
-    def _end_epoch(self, epoch: int, rows: list[dict[str, float]], val: dict[str, float]) -> None:
+    def _end_epoch(self, epoch: int, val: dict[str, float]) -> None:
         task = self.task
         report: dict[str, Any] = {"stage": task.stage, "epoch": epoch}
-        report |= {name: sum(row[name] for row in rows) / len(rows) for name in rows[0]}
+        if self.metrics is not None:
+            report |= self.metrics.means(LOSSES[task.stage])
         report |= val
-        last = epoch == task.epochs - 1
-        if task.evaluate is not None and not last and (epoch + 1) % task.train.evaluate_epochs == 0:
+        if (
+            task.evaluate is not None
+            and epoch < task.epochs - 1
+            and (epoch + 1) % task.train.evaluate_epochs == 0
+        ):
+            self.liveness.at(task.first_step + (epoch + 1) * task.plan.steps - 1, live.EVALUATION)
             report |= self._evaluate()
         if self.rank == 0:
             figures = "  ".join(
                 f"{name} {value:.3f}" for name, value in report.items() if isinstance(value, float)
             )
             print(f"stage {task.stage}  epoch {epoch + 1}/{task.epochs}  {figures}", flush=True)
-        if last or (epoch + 1) % task.train.checkpoint_epochs == 0:
-            self._checkpoint(epoch, report)
+        ray.train.report(report)
 
     def _validate(self) -> dict[str, float]:
         """Mean losses over whole global batches of the `val` split, dropout off, the same draws each time."""
@@ -283,8 +373,8 @@ class _Worker:
             rows, k = deal_round(self.task.corpus.dir, plan, windows), len(windows)
             for i in range(0, len(rows), k):
                 batches = self._micro_batches(rows.slice(i, k), 0, 0.0)
-                told = self._global(run_step(self.engine, self.lanes, batches, 0, learn=False))
-                for name, loss in told.losses.items():
+                shares = run_step(self.engine, self.lanes, batches, 0, learn=False)
+                for name, loss in tell(shares, LOSSES[self.task.stage], self.lanes).losses.items():
                     sums[name] = sums.get(name, 0.0) + loss / plan.steps
         self.engine.train()
         weights = self.engine.module.weights
@@ -298,16 +388,3 @@ class _Worker:
             figures = self.task.evaluate(self.engine.module.model)
         self.engine.train()
         return figures
-
-    def _checkpoint(self, epoch: int, report: dict[str, Any]) -> None:
-        following = Position(epoch + 1, 0)
-        cursor = ckpt.Cursor(
-            self.task.stage, following.epoch, 0, self._global_step(following), self.task.plan.hash
-        )
-        with tempfile.TemporaryDirectory() as directory:
-            ckpt.save(self.engine, Path(directory), cursor)
-            ray.train.report(
-                report,
-                checkpoint=ray.train.Checkpoint.from_directory(directory),
-                checkpoint_dir_name=f"epoch-{epoch + 1:04d}",
-            )

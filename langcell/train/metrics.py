@@ -1,28 +1,36 @@
 """What a run says while it runs: metrics.jsonl, and gauges on Ray's Prometheus endpoint.
 
-One JSON object a step, appended by rank 0; a resume first cuts the file back to its cursor, so that
-every step stands in it once (what was cut is counted in recoveries.jsonl). The gauges are what a
-dashboard watches: `ray_langcell_loss{loss=...}` and one `ray_langcell_<name>` for each of `GAUGES`.
+One JSON object a step, by rank 0; a resume first cuts the file back to its cursor, so that every step stands
+in it once, and notes that in recoveries.jsonl: what was lost, and since when. A local file is appended to; an
+object store knows no append, so there the file is written anew every half minute and before each checkpoint.
+The gauges are what a dashboard watches: `ray_langcell_loss{loss=...}` and one `ray_langcell_<name>` for each
+of `GAUGES`.
 """
 
 from __future__ import annotations
 
 import json
-from pathlib import Path
+import math
+import threading
+import time
 from typing import Any
 
+import pyarrow as pa
+from pyarrow import fs
 from ray.util.metrics import Gauge
 
-from langcell.files import write_whole
+from langcell.storage import read_file, write_file
 
 METRICS = "metrics.jsonl"
 RECOVERIES = "recoveries.jsonl"
+PUBLISH_S = 30.0
 GAUGES = {
     "cells_per_s": "Cells trained per second, all workers",
     "tokens_per_s": "Gene tokens trained per second, all workers",
     "mfu": "Share of the devices' peak in bf16 that the step's products took (0 to 1; on known GPUs)",
     "data_wait": "Share of the step's time that the last worker waited for data (0 to 1)",
     "grad_norm": "Global gradient norm before clipping",
+    "skipped": "Steps of the stage whose update was left out",
     "ctm_empty": "Draws of matching pairs that found no partner in the global batch",
     "lr": "Learning rate of the cell side",
 }
@@ -31,12 +39,20 @@ GAUGES = {
 class Metrics:
     """The writer of rank 0.
 
-    directory: of the run; first_step: global step that the run goes on from.
+    root: filesystem of the run directory; first_step: global step that the stage goes on from.
     """
 
-    def __init__(self, directory: Path, run: str, stage: int, first_step: int) -> None:
-        cut_back(directory, stage, first_step)
-        self._file = (directory / METRICS).open("a")
+    def __init__(self, root: fs.FileSystem, run: str, stage: int, first_step: int) -> None:
+        self._root, self._lock = root, threading.Lock()
+        rows = cut_back(root, stage, first_step)
+        self._of_epoch = [row for row in rows if row["stage"] == stage]
+        self._lines: list[bytes] = []
+        self._published = time.monotonic()
+        self._local: pa.NativeFile | None = None
+        try:
+            self._local = root.open_append_stream(METRICS)
+        except NotImplementedError:
+            self._lines = [_line(row) for row in rows]
         tags = {"run": run, "stage": str(stage)}
         self._gauges = {
             name: Gauge(f"langcell_{name}", text, ("run", "stage")) for name, text in GAUGES.items()
@@ -47,39 +63,75 @@ class Metrics:
         self._loss.set_default_tags(tags)
 
     def write(self, row: dict[str, Any], losses: dict[str, float]) -> None:
-        """One step: the row goes to the file with its losses, both to the gauges."""
-        self._file.write(json.dumps({**row, **losses}) + "\n")
-        self._file.flush()
+        """One step: the row goes to the file with its losses, both to the gauges. What is no number is
+        null."""
+        whole = {name: _number(value) for name, value in {**row, **losses}.items()}
+        self._of_epoch = [row for row in self._of_epoch if row["epoch"] == whole["epoch"]] + [whole]
+        if self._local is not None:
+            self._local.write(_line(whole))
+        else:
+            with self._lock:
+                self._lines.append(_line(whole))
+            if time.monotonic() - self._published > PUBLISH_S:
+                self.publish()
         for name, gauge in self._gauges.items():
-            if row[name] is not None:
-                gauge.set(row[name])
-        for name, loss in losses.items():
-            self._loss.set(loss, {"loss": name})
+            if whole[name] is not None:
+                gauge.set(whole[name])
+        for name in losses:
+            if whole[name] is not None:
+                self._loss.set(whole[name], {"loss": name})
+
+    def means(self, names: tuple[str, ...]) -> dict[str, float]:
+        """Means of the losses `names` over the present epoch, its steps before a resume included."""
+        values = {name: [row[name] for row in self._of_epoch if row[name] is not None] for name in names}
+        return {name: sum(found) / len(found) if found else math.nan for name, found in values.items()}
+
+    def publish(self) -> None:
+        """See to it that the file holds every row. Raises OSError."""
+        if self._local is None:
+            with self._lock:
+                text = b"".join(self._lines)
+            write_file(self._root, METRICS, text)
+            self._published = time.monotonic()
 
     def close(self) -> None:
-        self._file.close()
+        self.publish()
+        if self._local is not None:
+            self._local.close()
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def _number(value: Any) -> Any:
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row).encode() + b"\n"
+
+
+def read(root: fs.FileSystem, name: str) -> list[dict[str, Any]]:
     """All rows of a .jsonl file; a line that a crash left half-written is passed over."""
-    if not path.exists():
+    try:
+        lines = read_file(root, name).decode(errors="replace").split("\n")
+    except FileNotFoundError:
         return []
-    lines = path.read_text().split("\n")
     return [json.loads(line) for line in lines[:-1]]
 
 
-def cut_back(directory: Path, stage: int, first_step: int) -> None:
-    """Drop a stage's rows from global step `first_step` on, atomically, and note the recovery.
+def cut_back(root: fs.FileSystem, stage: int, first_step: int) -> list[dict[str, Any]]:
+    """Drop a stage's rows from global step `first_step` on, atomically, and note the recovery; what is left.
 
-    Rows of the other stage stay: a finished stage that is passed through again cuts nothing.
+    Rows of the other stage stay. A stage that begins has no rows, and nothing is noted.
     """
-    path = directory / METRICS
-    rows = read(path)
+    rows = read(root, METRICS)
     kept = [row for row in rows if row["stage"] != stage or row["step"] < first_step]
-    if path.exists():
-        write_whole(path, "".join(json.dumps(row) + "\n" for row in kept))
-    if len(kept) == len(rows):
-        return
-    recovery = {"step": first_step, "steps_replayed": len(rows) - len(kept), "stopped": rows[-1]["time"]}
-    with (directory / RECOVERIES).open("a") as file:
-        file.write(json.dumps(recovery) + "\n")
+    write_file(root, METRICS, b"".join(map(_line, kept)))
+    before = [row for row in rows if row["stage"] == stage]
+    if before:
+        recovery = {
+            "step": first_step,
+            "steps_replayed": len(rows) - len(kept),
+            "stopped": max(row["time"] for row in before),
+        }
+        noted = [*read(root, RECOVERIES), recovery]
+        write_file(root, RECOVERIES, b"".join(map(_line, noted)))
+    return kept

@@ -1,6 +1,6 @@
 """The training run: the options of the train room (standard library only)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -10,10 +10,16 @@ class TrainOptions:
 
     num_workers: int = 2
     """Ray Train workers (processes; one GPU each where `gpus` is on)."""
+    min_workers: int | None = None
+    """Least workers that a stage goes on with when nodes are lost (processes); it grows back to `num_workers` when they return. The batches stay the same. None: `num_workers`, and it waits for them."""
+    resize_s: float = 60.0
+    """Seconds between looks whether the cluster has room for more workers, where `min_workers` is given (s). Growing restarts the workers from the last checkpoint."""
     gpus: bool | None = None
     """Whether each worker takes one GPU. None: if PyTorch is a CUDA build and the cluster has as many GPUs as workers (one that scaled to zero has none yet)."""
     cpus_per_worker: float = 1.0
     """Logical CPUs that Ray reserves for a worker (a fraction leaves room for the data tasks on a laptop)."""
+    worker_resources: dict[str, float] = field(default_factory=dict)
+    """Other Ray resources that a worker takes, by name: keeps workers on the nodes that offer them."""
     global_batch: int = 256
     """G: cells of one optimiser step over all workers (cells)."""
     micro_batch: int = 128
@@ -47,12 +53,26 @@ class TrainOptions:
     seed: int = 0
     """Seed of weights, order, masks, draws and dropout (integer)."""
     checkpoint_epochs: int = 1
-    """Epochs between checkpoints (epochs); a stage's last epoch always has one."""
+    """Epochs between checkpoints at an epoch's end, which have a validation loss (epochs); a stage's last epoch always has one."""
+    checkpoint_steps: int = 0
+    """Steps between checkpoints beside these (steps); 0: by time alone."""
+    checkpoint_minutes: float = 15.0
+    """Minutes after a checkpoint when the next one is made (min): what a failure costs at most. 0: not by time."""
+    keep_last: int = 2
+    """Newest checkpoints of a stage that are kept (count), beside the best by validation loss."""
+    keep_epoch_ends: bool = False
+    """Whether those of epoch ends are kept too (12 bytes a trainable parameter each)."""
     evaluate_epochs: int = 1
     """Epochs of stage 2 between zero-shot evaluations (epochs)."""
     profile: int = 0
     """Steps of each stage whose trace rank 0 writes to `profile/` in the run directory (count); 0: none. The stage's first three steps are left out."""
-    max_failures: int = 2
-    """Times that a stage is restarted from its last checkpoint after a worker died (count)."""
+    max_failures: int = 8
+    """Times that a stage is restarted from its last checkpoint after a worker died or hung (count); nodes that were preempted do not count. -1: without end."""
     collective_timeout_s: float = 600.0
-    """Seconds after which a hung collective ends the worker (s)."""
+    """Seconds that a step, or the wait for its data, may take (s); then the workers end, saying which of them is behind, and the stage is restarted."""
+    skip_grad_norm: float = 1000.0
+    """Gradient norm before clipping beyond which a step does not move the weights (L2 norm); 0: only where it, or a loss, is no number."""
+    max_skipped: int = 10
+    """Such steps in a row after which the run ends (count)."""
+    deterministic: bool = False
+    """Whether PyTorch may use deterministic kernels alone (slower on a GPU): the same workers then give the same losses to the last bit, resumed or not. On a CPU they do without it."""

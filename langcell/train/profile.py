@@ -8,11 +8,15 @@ steps pay for it.
 
 from __future__ import annotations
 
+import tempfile
 from pathlib import Path
 from types import TracebackType
 
 import torch
+from pyarrow import fs
 from torch.profiler import ProfilerActivity, profile, schedule
+
+from langcell.storage import write_file
 
 WAIT, WARMUP = 2, 1
 """Steps that are passed over, and steps that only start the tracer."""
@@ -22,12 +26,12 @@ ROWS = 60
 class Profile:
     """Traces `steps` steps of a stage; a context around the stage's loop, told of each step's end.
 
-    directory: where `<name>.json.gz` and `<name>.txt` go (made if need be); steps: 0 traces nothing. A
-    stage that ends sooner leaves the steps that were recorded, or no file where there were none.
+    root: filesystem of the run directory, where `profile/<name>.json.gz` and `.txt` go; steps: 0 traces
+    nothing. A stage that ends sooner leaves the steps that were recorded, or no file where there were none.
     """
 
-    def __init__(self, directory: Path, name: str, steps: int) -> None:
-        self._trace, self._table = directory / f"{name}.json.gz", directory / f"{name}.txt"
+    def __init__(self, root: fs.FileSystem, name: str, steps: int) -> None:
+        self._root, self._name = root, name
         self._profile: profile | None = None
         if steps:
             cuda = torch.cuda.is_available()
@@ -55,6 +59,10 @@ class Profile:
             self._profile.step()
 
     def _write(self, done: profile) -> None:
-        self._trace.parent.mkdir(parents=True, exist_ok=True)
-        done.export_chrome_trace(str(self._trace))
-        self._table.write_text(done.key_averages().table(sort_by=self._sort, row_limit=ROWS))
+        self._root.create_dir("profile", recursive=True)
+        with tempfile.TemporaryDirectory() as directory:
+            trace = Path(directory, "trace.json.gz")
+            done.export_chrome_trace(str(trace))
+            write_file(self._root, f"profile/{self._name}.json.gz", trace.read_bytes())
+        table = done.key_averages().table(sort_by=self._sort, row_limit=ROWS)
+        write_file(self._root, f"profile/{self._name}.txt", table.encode())

@@ -11,6 +11,8 @@ calls, without the backwards of lanes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from deepspeed import DeepSpeedEngine
 from torch import Tensor
@@ -22,20 +24,35 @@ from langcell.objective.lanes import Lanes
 
 
 def run_step(
-    engine: DeepSpeedEngine, lanes: Lanes, batches: list[MicroBatch], step: int, *, learn: bool = True
+    engine: DeepSpeedEngine,
+    lanes: Lanes,
+    batches: list[MicroBatch],
+    step: int,
+    *,
+    learn: bool = True,
+    before_update: Callable[[dict[str, Tensor]], None] | None = None,
 ) -> dict[str, Tensor]:
     """One optimiser step (with `learn`; else the losses alone); this rank's share of each loss, detached.
 
-    engine: around a `Stage`; batches: of the owned lanes, in order; step: the global step. Beside the losses
-    `empty`: the CTM draws of all lanes that found no partner, the same on every rank.
+    engine: around a `Stage`; batches: of the owned lanes, in order; step: the global step; before_update:
+    called with what is returned when all gradients are there and the weights not moved yet. Beside the losses
+    `empty`: the CTM draws of all lanes that found no partner, the same on every rank; `work`; and in stage 2
+    `drawn`: joinid of each of this rank's cells that start pairs and the row of its hard text (int64 [N, 2]).
     """
+
+    def update(shares: dict[str, Tensor]) -> None:
+        if before_update is not None:
+            before_update(shares)
+        engine.step()
+
     if lanes.each == 1:
         with torch.set_grad_enabled(learn):
             shares = engine(batches[0], step)
+        told = {name: share.detach() for name, share in shares.items()}
         if learn:
             engine.backward(shares["total"])
-            engine.step()
-        return {name: share.detach() for name, share in shares.items()}
+            update(told)
+        return told
 
     stage = engine.module
     with torch.no_grad():
@@ -48,14 +65,17 @@ def run_step(
     with torch.enable_grad():
         compared = stage.compare(views, batches, lanes, step)
         taken = turns(views, compared, stage.weights, sum_over_ranks(genes).clamp(min=1), lanes)
-    summed: dict[str, Tensor] = {**compared.shares, "empty": compared.empty}
-    for (place, _), turn in zip(lanes.runs, taken, strict=True):
+    summed = {name: share.detach() for name, share in compared.told.items()}
+    for run, ((place, _), turn) in enumerate(zip(lanes.runs, taken, strict=True), 1):
         with torch.set_grad_enabled(learn):
             shares = engine(batches[place], step, turn=turn)
-        if learn:
-            engine.backward(shares["total"])
-            engine.step()
         for name, share in shares.items():
             if name != "total":
                 summed[name] = summed.get(name, 0) + share.detach()
-    return {name: share.detach() for name, share in summed.items()}
+        if learn:
+            engine.backward(shares["total"])
+            if run == len(taken):
+                update(summed)
+            else:
+                engine.step()
+    return summed

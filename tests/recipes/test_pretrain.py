@@ -16,7 +16,8 @@ from langcell.errors import InputError
 from langcell.inference.tables import MEASURES, TABLES
 from langcell.model.interop import load_export
 from langcell.recipes.pretrain import run
-from langcell.recipes.rundir import check_free, store, with_absolute_paths
+from langcell.recipes.rundir import check_free, place_in, run_name, take, with_absolute_paths
+from langcell.storage import open_root
 from langcell.train import metrics
 
 DEMO = Path(__file__).parents[2] / "jobs" / "configs" / "demo.yaml"
@@ -66,7 +67,7 @@ def test_summary_has_every_promised_figure(finished: tuple[Path, dict[str, Any]]
 @pytest.mark.slow
 def test_every_step_stands_once_in_the_record(finished: tuple[Path, dict[str, Any]]) -> None:
     directory, summary = finished
-    rows = metrics.read(directory / "metrics.jsonl")
+    rows = metrics.read(open_root(str(directory)), metrics.METRICS)
     assert [row["step"] for row in rows] == list(range(summary["steps"]))
     assert [row["stage"] for row in rows] == sorted(row["stage"] for row in rows)
     first, last = rows[0], rows[-1]
@@ -88,7 +89,7 @@ def test_a_step_of_each_stage_is_traced(finished: tuple[Path, dict[str, Any]]) -
 
 @pytest.mark.slow
 def test_training_moved_the_losses(finished: tuple[Path, dict[str, Any]]) -> None:
-    rows = metrics.read(finished[0] / "metrics.jsonl")
+    rows = metrics.read(open_root(str(finished[0])), metrics.METRICS)
     assert rows[-1]["mgm"] < rows[0]["mgm"] - 0.05
 
 
@@ -119,27 +120,32 @@ def test_a_finished_run_resumes_to_the_same_result(finished: tuple[Path, dict[st
 def test_a_directory_that_holds_a_run_is_not_overwritten(tmp_path: Path) -> None:
     place = ["--run.dir", str(tmp_path / "run")]
     config = with_absolute_paths(parse("", DEMO, place))
-    check_free(config)
-    store(config)
+    assert not check_free(config)
+    assert take(config) != take(config), "each job has a name of its own"
     with pytest.raises(InputError, match="holds a run already"):
         check_free(config)
     resumed = with_absolute_paths(parse("", DEMO, [*place, "--run.resume", "true"]))
-    check_free(resumed)
+    assert check_free(resumed)
+    again = with_absolute_paths(parse("", DEMO, [*place, "--run.resume", "auto"]))
+    assert check_free(again)
     other = with_absolute_paths(parse("", DEMO, [*place, "--run.resume", "true", "--train.lr", "0.5"]))
     with pytest.raises(InputError, match=r"train\.lr: 0\.001 there, 0\.5 asked for"):
         check_free(other)
     absent = parse("", DEMO, ["--run.dir", str(tmp_path / "other"), "--run.resume", "true"])
     with pytest.raises(InputError, match="no run to go on with"):
         check_free(absent)
+    assert not check_free(parse("", DEMO, ["--run.dir", str(tmp_path / "other"), "--run.resume", "auto"]))
     again = parse("", DEMO, ["--config", str(tmp_path / "run" / "config.yaml")])
     assert again == config
 
 
 def test_a_run_is_resumed_with_other_means_of_reading(tmp_path: Path) -> None:
     place = ["--run.dir", str(tmp_path / "run")]
-    store(with_absolute_paths(parse("", DEMO, place)))
+    take(with_absolute_paths(parse("", DEMO, place)))
     means = ["--census.attempts=10", "--census.bad_cells=skip", f"--census.dir={tmp_path}"]
     means += ['--census.tiledb={"vfs.s3.region": "eu-west-1"}', "--corpus.prefetch=9", "--eval.top_k=2"]
+    # And with other workers: the order of cells, the draws and the checkpoints know nothing of them.
+    means += ["--train.num_workers=1", "--train.zero=3", "--train.checkpoint_steps=7", "--train.offload=true"]
     check_free(with_absolute_paths(parse("", DEMO, [*place, "--run.resume=true", *means])))
     other = [*place, "--run.resume=true", "--census.filter=sex == 'female'"]
     with pytest.raises(InputError, match=r"census\.filter: "):
@@ -156,8 +162,11 @@ def test_relative_paths_reach_workers_as_absolute_ones(
     assert config.model.cell_init == str(tmp_path / "weights")
     assert config.model.text_init == "some/hub-id"
     assert config.run.dir == str(tmp_path / "r")
-    with pytest.raises(InputError, match="is a URI"):
-        with_absolute_paths(parse("", DEMO, ["--run.dir", "s3://bucket/run"]))
+    remote = with_absolute_paths(parse("", DEMO, ["--run.dir", "s3://bucket/runs/one?region=eu-west-1"]))
+    assert run_name(remote) == "one"
+    assert place_in(remote, "summary.json") == "s3://bucket/runs/one/summary.json?region=eu-west-1"
+    with pytest.raises(InputError, match="must hold no credentials"):
+        parse("", DEMO, ["--run.dir", "s3://key:secret@bucket/run"])
 
 
 def test_a_stored_configuration_means_the_same_from_another_folder(
@@ -178,7 +187,7 @@ def test_a_stored_configuration_means_the_same_from_another_folder(
     for name, path in places.items():
         room, key = name.split(".")
         assert getattr(getattr(config, room), key) == str(tmp_path / path)
-    store(config)
+    take(config)
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert with_absolute_paths(parse("", DEMO, ["--config", str(tmp_path / "r" / "config.yaml")])) == config

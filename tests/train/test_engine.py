@@ -6,7 +6,6 @@ All runs of a rank share one process group: a group costs two seconds, a run of 
 from __future__ import annotations
 
 import shutil
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -62,7 +61,7 @@ def trained(rank: int, dropout: float = 0.0, **changed: Any) -> Trace:
         loss = share.detach() / dist.get_world_size()
         dist.all_reduce(loss)
         losses.append(float(loss))
-    weights = whole_weights(engine.module, engine)
+    weights = whole_weights(engine)
     engine.destroy()
     return losses, gradients, weights
 
@@ -92,7 +91,7 @@ def trained_by_lanes(rank: int, number: int = 2, dropout: float = 0.0, **changed
         loss = torch.stack([shares[name] for name in LOSSES[number]]).sum()
         dist.all_reduce(loss)
         losses.append(float(loss))
-    weights = whole_weights(engine.module, engine)
+    weights = whole_weights(engine)
     engine.destroy()
     return losses, {}, weights
 
@@ -219,44 +218,6 @@ def test_checkpointing_computes_every_layer_twice() -> None:
     assert len(calls) == 2 * forward
 
 
-def resumed(rank: int, directory: str) -> dict[tuple[str, int], tuple[dict[str, Tensor], ...]]:
-    """By precision and ZeRO stage, of two lanes a rank: weights after two steps, and after a checkpoint
-    between them was loaded into an engine of its own."""
-    from langcell.objective.lanes import Lanes
-    from langcell.train import checkpoint
-    from langcell.train.engine import build_engine
-    from langcell.train.step import run_step
-
-    lanes, seen = Lanes.here(4), {}
-    batches = [toy.batch(lane * 2, 2) for lane in lanes.owned]
-    for precision, zero in (("bf16", 1), ("bf16", 2), ("bf16", 3), ("fp32", 1)):
-        how: Any = {"lr": LR, "steps": SCHEDULE, "device": torch.device("cpu"), "lanes": lanes.each}
-        train = options(zero=zero, precision=precision)
-        folder = Path(directory) / f"{precision}-{zero}"
-        found = []
-        for again in (False, True):
-            engine = build_engine(stage(), train, **how)
-            if again:
-                checkpoint.load(engine, folder, "plan")
-            else:
-                run_step(engine, lanes, batches, 0)
-                checkpoint.save(engine, folder, checkpoint.Cursor(2, 0, 1, 1, "plan"))
-            run_step(engine, lanes, batches, 1)
-            found.append(checkpoint.whole_weights(engine.module, engine))
-            engine.destroy()
-        seen[precision, zero] = tuple(found)
-    return seen
-
-
-@pytest.mark.slow
-def test_a_checkpoint_of_several_lanes_goes_on_where_it_was(tmp_path: Path) -> None:
-    """In bf16 too, where DeepSpeed keeps the float32 sums of lanes in another optimiser at ZeRO 1."""
-    for (precision, zero), (straight, loaded) in run_ranks(resumed, 2, str(tmp_path))[0].items():
-        assert straight.keys() == loaded.keys()
-        for name, weight in straight.items():
-            assert torch.equal(loaded[name], weight), (precision, zero, name)
-
-
 class Sum(nn.Module):
     """A loss whose gradient is what it is given."""
 
@@ -289,7 +250,7 @@ def accumulated(rank: int) -> Accumulated:
                 engine.step()
             first_moment = safe_get_full_optimizer_state(engine.module.weight, "exp_avg")
             norm = float(engine.get_global_grad_norm())
-            weights = whole_weights(engine.module, engine)["weight"].tolist()
+            weights = whole_weights(engine)["weight"].tolist()
             seen[precision, zero] = ((10 * first_moment).tolist(), norm, weights)
             engine.destroy()
     return seen

@@ -1,0 +1,82 @@
+"""What a worker is told of a stage, and what it tells in the end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from langcell.corpus.options import CorpusOptions
+from langcell.corpus.plan import Plan
+from langcell.corpus.stream import Position
+from langcell.model.langcell import LangCell
+from langcell.model.options import ModelOptions
+from langcell.objective.options import ObjectiveOptions
+from langcell.train.options import TrainOptions
+
+OWNER = "owner"
+"""File of the run directory that names who may write to it: a job, and the workers that it started last."""
+
+
+@dataclass(frozen=True)
+class StageTask:
+    """All that a worker must know to run one stage; travels to it pickled."""
+
+    stage: int
+    name: str
+    run_dir: str
+    """Of the run: a folder that every node sees, or any URI that pyarrow knows."""
+    plan: Plan
+    val_plan: Plan | None
+    first_step: int
+    """Global step at which the stage begins."""
+    vocab_size: int
+    cell_length: int
+    text_length: int
+    short_share: float
+    init: str | None
+    """Checkpoint of the stage before to start from; None: the starting weights of `model`."""
+    model: ModelOptions
+    objective: ObjectiveOptions
+    train: TrainOptions
+    corpus: CorpusOptions
+    evaluate: Callable[[LangCell], dict[str, Any]] | None
+    """Zero-shot figures of a model in eval mode; called on every rank alike."""
+    job: str = ""
+    """Which job runs it (`rundir.take`); checkpoints are committed only while `OWNER` names it."""
+    notice: Any = None
+    """Handle of the actor that tells when to stop (`notice.make_notice`); None: nobody does."""
+
+    @property
+    def epochs(self) -> int:
+        return self.train.stage1_epochs if self.stage == 1 else self.train.stage2_epochs
+
+    @property
+    def lr(self) -> float:
+        if self.stage == 1 and self.train.stage1_lr is not None:
+            return self.train.stage1_lr
+        return self.train.lr
+
+    @property
+    def last_step(self) -> int:
+        """Global step after the stage's last."""
+        return self.first_step + self.epochs * self.plan.steps
+
+    def global_step(self, position: Position) -> int:
+        return self.first_step + position.epoch * self.plan.steps + position.step
+
+    def position(self, global_step: int) -> Position:
+        """Where a global step of this stage stands; an epoch's end is the next one's start."""
+        return Position(*divmod(global_step - self.first_step, self.plan.steps))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a stage's workers ended by themselves.
+
+    finished; stopped: on notice, its checkpoint committed; failed: for a reason that a restart would meet
+    again, told in `message`.
+    """
+
+    status: Literal["finished", "stopped", "failed"]
+    message: str = ""

@@ -1,0 +1,75 @@
+"""Three hosts, a worker on each of two, and the cable to one of them cut: for 30 s, and for ever."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.faults.hosts import Resources, three_hosts
+from tests.faults.making import Straight, Tiny, last_step
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[2]
+HEALTH = {
+    # A host is given up after 15 s without a word; by default after 60.
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "4000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",
+    "PYTHONPATH": str(ROOT),
+}
+HOSTS = (Resources(2), Resources(1, {"trainer": 1}), Resources(1, {"trainer": 1}))
+OPTIONS = {
+    "num_workers": 2,
+    "min_workers": 1,
+    "resize_s": 5.0,
+    "cpus_per_worker": 0.5,
+    "worker_resources": {"trainer": 1},
+    "collective_timeout_s": 60.0,
+    "max_failures": 5,
+}
+
+
+@pytest.mark.parametrize("seconds", [30, None], ids=["for 30 s", "for ever"])
+def test_a_host_is_cut_off(straight: Straight, tiny: Tiny, tmp_path: Path, seconds: int | None) -> None:
+    """The other goes on with all lanes; one that comes back is given work again. Same cells, losses to
+    1e-5."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    command = [
+        sys.executable,
+        "-m",
+        "tests.faults.driver",
+        str(run_dir),
+        str(tiny.folder),
+        json.dumps(OPTIONS),
+    ]
+    with three_hosts(HOSTS, environment=HEALTH) as net, log.open("wb") as said:
+        job = net.run(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
+        wait_for_step(job, run_dir, 12, log)
+        net.cut(2)
+        if seconds is not None:
+            time.sleep(seconds)
+            net.mend(2)
+            net.start_ray(2)
+        assert job.wait(400) == 0, log.read_text()[-6000:]
+    tiny.assert_once(run_dir)
+    assert tiny.seen(run_dir).equals(tiny.seen(straight.run_dir))
+    for ours, theirs in zip(tiny.losses(run_dir), tiny.losses(straight.run_dir), strict=True):
+        assert ours[:-1] == pytest.approx(theirs[:-1], rel=1e-5)
+    assert tiny.recoveries(run_dir), "the cut was not noticed"
+
+
+def wait_for_step(job: subprocess.Popen[bytes], run_dir: Path, step: int, log: Path) -> None:
+    deadline = time.monotonic() + 240
+    while last_step(run_dir) < step:
+        assert job.poll() is None, log.read_text()[-6000:]
+        assert time.monotonic() < deadline, log.read_text()[-6000:]
+        time.sleep(0.02)

@@ -1,0 +1,108 @@
+"""Whatever is killed, and when: the losses are those of the undisturbed run to the last bit, each cell
+once."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import threading
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import ray
+
+from tests.faults.making import EPOCH, STEPS, Straight, Tiny, last_step, same, train, watched
+
+pytestmark = pytest.mark.slow
+
+
+def workers() -> list[psutil.Process]:
+    """The training workers of this test's Ray."""
+    (raylet,) = ray._private.worker._global_node.all_processes["raylet"]
+    found = []
+    for process in psutil.Process(raylet.process.pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
+
+
+def kill_one(draw: random.Random) -> bool:
+    found = workers()
+    if found:
+        draw.choice(found).kill()
+    return bool(found)
+
+
+def test_workers_killed_at_ten_steps_change_no_number(straight: Straight, tiny: Tiny, tmp_path: Path) -> None:
+    """SIGKILL of a worker at ten steps of 69: eight drawn ones, the last of an epoch and the last of stage
+    1."""
+    draw, run_dir = random.Random(6), tmp_path / "run"
+    boundaries = {EPOCH - 1, 2 * EPOCH - 1}
+    at = sorted({*draw.sample([s for s in range(2, STEPS - 2) if s not in boundaries], 8), *boundaries})
+    left = list(at)
+
+    def kill(done: threading.Event) -> None:
+        while left and not done.wait(0.005):
+            if last_step(run_dir) >= left[0] and kill_one(draw):
+                del left[0]
+                done.wait(3)  # the group is taken down
+
+    with watched(kill):
+        trained = train(tiny, run_dir, max_failures=len(at) + 2)
+    assert not left, "a kill did not happen"
+    same(run_dir, straight, trained)
+    recoveries = tiny.recoveries(run_dir)
+    assert len(recoveries) >= len(at) - 1  # one at a stage's very end finds it finished
+    replayed = sum(recovery["steps_replayed"] for recovery in recoveries)
+    assert 0 < replayed <= 9 * len(at), "more than what lies between two checkpoints"
+
+
+def test_killed_while_a_checkpoint_is_written(straight: Straight, tiny: Tiny, tmp_path: Path) -> None:
+    """A worker dies while a checkpoint's folder stands without its record: it is not taken for one."""
+    draw, run_dir, killed = random.Random(7), tmp_path / "run", []
+
+    def kill(done: threading.Event) -> None:
+        while len(killed) < 3 and not done.wait(0.0005):
+            for folder in run_dir.glob("checkpoints/stage*/step-*"):
+                if folder.name not in killed and not (folder / "checkpoint.json").exists() and kill_one(draw):
+                    killed.append(folder.name)
+                    done.wait(8)
+                    break
+
+    with watched(kill):
+        trained = train(tiny, run_dir, max_failures=4)
+    assert len(killed) == 3
+    same(run_dir, straight, trained)
+
+
+def test_the_undisturbed_run_sees_each_cell_once(straight: Straight, tiny: Tiny) -> None:
+    tiny.assert_once(straight.run_dir)
+    assert tiny.recoveries(straight.run_dir) == []
+    rows = tiny.seen(straight.run_dir)
+    in_stage_2 = rows.filter(rows["step"].to_numpy() >= EPOCH)
+    assert rows["hard_text_row"].null_count < len(rows)
+    assert rows.slice(0, len(rows) - len(in_stage_2))["hard_text_row"].null_count == EPOCH * 16
+
+
+def test_a_stopped_worker_is_named_and_replaced(
+    straight: Straight, tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """SIGSTOP: nobody dies, the others hang in a collective. After the time-out they say whom they wait
+    for."""
+    run_dir, stopped = tmp_path / "run", []
+
+    def stop(done: threading.Event) -> None:
+        while not stopped and not done.wait(0.01):
+            if last_step(run_dir) >= 10 and len(found := workers()) == 2:
+                found[1].suspend()
+                stopped.append(found[1])
+
+    with watched(stop):
+        started = time.monotonic()
+        trained = train(tiny, run_dir, collective_timeout_s=10.0)
+    assert stopped
+    assert time.monotonic() - started < 240
+    same(run_dir, straight, trained)
