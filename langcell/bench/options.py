@@ -62,3 +62,25 @@ class ScaleOptions:
     """Folder of what is written meanwhile (removed) and of summary.json."""
     record: bool = False
     """Append the result to the records of this project (jobs/records/scale.jsonl)."""
+
+
+@dataclass
+class ShuffleOptions:
+    """How well the plan mixes cells, beside a full shuffle."""
+
+    cells: int = 4_000_000
+    """Cells of the generated Census, of which no more than obs is made (count); about half are train cells."""
+    seed: int = 0
+    """Seed of the generated Census, the plan and the full shuffle (integer)."""
+    global_batch: list[int] = field(default_factory=lambda: [256, 1024])
+    """Cells of a step (counts); the headline rows are of the first."""
+    micro_batch: list[int] = field(default_factory=lambda: [32, 128])
+    """Cells of a micro-batch, one for each global batch (counts)."""
+    row_group_cells: list[int] = field(default_factory=lambda: [4096, 1024, 256, 128, 64])
+    """Cells of a row group, measured beside the default of `corpus.row_group_cells` (counts)."""
+    window_steps: list[int] = field(default_factory=lambda: [16, 64, 128])
+    """Micro-batches of a window, measured beside the default of `corpus.window_steps` (counts)."""
+    dir: str = "runs/bench"
+    """Folder of summary.json."""
+    record: bool = False
+    """Append the result to the records of this project (jobs/records/shuffle.jsonl)."""

@@ -19,7 +19,7 @@ from typing import Any
 import psutil
 
 from langcell.bench.figures import Figures
-from langcell.bench.options import DataOptions, ScaleOptions, StepOptions
+from langcell.bench.options import DataOptions, ScaleOptions, ShuffleOptions, StepOptions
 from langcell.files import write_whole
 
 FOLDER = Path(__file__).parents[2] / "jobs" / "records"
@@ -31,7 +31,10 @@ LIBRARIES = (
 
 
 def publish(
-    name: str, options: DataOptions | StepOptions | ScaleOptions, summary: Figures, table: str
+    name: str,
+    options: DataOptions | StepOptions | ScaleOptions | ShuffleOptions,
+    summary: Figures,
+    table: str,
 ) -> None:
     """What a benchmark ends with: summary.json in `options.dir` (which is there), the table, and the place of
     both; with `options.record` a record too."""

@@ -27,7 +27,7 @@ from langcell.bench.data import GENES
 from langcell.bench.processes import Work, memory_mb
 from langcell.cells.vocabulary import FIRST_GENE
 from langcell.corpus.options import CorpusOptions
-from langcell.corpus.plan import Plan, RowGroup
+from langcell.corpus.plan import Plan, RowGroups
 from langcell.corpus.schema import BLOCK_ENCODING, BLOCK_SCHEMA, block_name
 from langcell.corpus.stream import deal_window, micro_batch
 from langcell.model.flops import Work as Counts
@@ -145,7 +145,7 @@ def road(directory: str, cells: int) -> Work:
     file = block_name("train", 0)
     groups = _write(Path(directory) / file, options.window_steps * cells, options.row_group_cells)
     plan = Plan(
-        tuple(RowGroup(file, index, rows) for index, rows in enumerate(groups)),
+        (RowGroups(file, tuple(groups)),),
         seed=0,
         global_batch=cells,
         micro_batch=cells,

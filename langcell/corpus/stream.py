@@ -6,6 +6,11 @@ run in Ray tasks on CPU nodes, ahead of the step; one stream serves all epochs o
 its first micro-batch waits for worker processes to start (2-18 s, against 0.5-2 s a stream per epoch).
 A resume starts the stream at the right window; only a part of one window is read for nothing.
 
+A row in is two numbers, its epoch and round, and a task derives the windows from the plan (20 ms at 27.5M
+cells): windows of six such epochs would be gigabytes. Ray stores every row in as a block, 1-2 ms each before
+the first step (5,000 of them: 5-16 s), so a long stage is several datasets of `LAP` rounds, one after the
+other; a change takes half a second in `LAP` x M steps.
+
 Order is kept by Ray Data's `preserve_order`; its default reservation of resources would leave half
 of the CPUs idle. Both are set in the worker's own DataContext.
 
@@ -14,35 +19,41 @@ Shape suffixes: C cells of a window, M its micro-batches, B cells of one, T thei
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
+import pyarrow.dataset as pads
 import ray.data
 import torch
 from ray.data import DataContext
 
 from langcell.batch import MicroBatch, Packed, TextTable
 from langcell.corpus.plan import Plan, Window
+from langcell.corpus.schema import BLOCK_SCHEMA
 from langcell.storage import open_root
 
 COLUMNS = ["soma_joinid", "text_id", "length", "tokens"]
+FILES_AHEAD = 16
+"""Row groups that a task fetches at once: a window's lie in as many files, each two requests on S3."""
+LAP = 256
+"""Rounds that a dataset has at most."""
 
 
 def read_cells(corpus_dir: str, window: Window) -> pa.Table:
     """The window's cells in plan order (columns `COLUMNS`)."""
-    root = open_root(corpus_dir)
-    tables = []
-    for file, spans in itertools.groupby(window.spans, key=lambda span: span.file):
-        with pq.ParquetFile(file, filesystem=root) as parquet:
-            tables += [
-                parquet.read_row_group(s.index, columns=COLUMNS).slice(s.start, s.stop - s.start)
-                for s in spans
-            ]
-    return pa.concat_tables(tables)
+    root, parquet = open_root(corpus_dir), pads.ParquetFileFormat()
+    # A fragment each: the row groups of one fragment come in the file's order, not in the plan's.
+    fragments = [
+        parquet.make_fragment(span.file, filesystem=root, row_groups=[span.index]) for span in window.spans
+    ]
+    # One thread decodes, for the task has half a CPU; requests run beside it all the same.
+    groups = pads.FileSystemDataset(fragments, BLOCK_SCHEMA, parquet, root).to_table(
+        columns=COLUMNS, use_threads=False, fragment_readahead=FILES_AHEAD
+    )
+    # Spans are whole row groups, the first and the last excepted.
+    return groups.slice(window.spans[0].start, sum(span.stop - span.start for span in window.spans))
 
 
 def deal_window(corpus_dir: str, plan: Plan, window: Window) -> pa.Table:
@@ -88,34 +99,38 @@ def stream(
 
     Runs in a process that is connected to Ray. prefetch: steps held ready.
     """
-    rounds = [
-        windows
-        for epoch in range(start.epoch, epochs)
-        for windows in zip(*(plan.windows(epoch, lane) for lane in lanes), strict=True)
-        if epoch > start.epoch or windows[0].first_step + windows[0].steps > start.step
-    ]
-    if not rounds:
-        return
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
     context.op_resource_reservation_enabled = False
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    rows = [pa.table({"round": [i]}) for i in range(len(rounds))]
+    ahead = start.epoch * plan.rounds + start.step // plan.window_steps
+    for first in range(ahead, epochs * plan.rounds, LAP):
+        rounds = range(first, min(first + LAP, epochs * plan.rounds))
+        for position, batch in _lap(corpus_dir, plan, lanes, rounds, prefetch):
+            if position.epoch > start.epoch or position.step >= start.step:
+                yield position, batch
+
+
+def _lap(
+    corpus_dir: str, plan: Plan, lanes: Sequence[int], rounds: range, prefetch: int
+) -> Iterator[tuple[Position, pa.Table]]:
+    """The steps of `rounds`, numbered through all epochs."""
 
     def deal(row: pa.Table) -> pa.Table:
-        return deal_round(corpus_dir, plan, rounds[row["round"][0].as_py()])
+        windows = plan.round(row["epoch"][0].as_py(), row["round"][0].as_py(), lanes)
+        return deal_round(corpus_dir, plan, windows)
 
-    dataset = ray.data.from_arrow(rows).map_batches(
+    places = [divmod(number, plan.rounds) for number in rounds]
+    rows = [{"epoch": epoch, "round": round} for epoch, round in places]
+    dataset = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         deal, batch_size=None, batch_format="pyarrow", num_cpus=0.5
     )
-    positions = (Position(w.epoch, w.first_step + step) for w, *_ in rounds for step in range(w.steps))
+    positions = (Position(epoch, step) for epoch, round in places for step in plan.steps_of(round))
     batches = dataset.iterator().iter_batches(
         batch_size=len(lanes), batch_format="pyarrow", prefetch_batches=prefetch
     )
-    for position, batch in zip(positions, batches, strict=True):
-        if position.epoch > start.epoch or position.step >= start.step:
-            yield position, batch
+    yield from zip(positions, batches, strict=True)
 
 
 def draw_variants(

@@ -19,7 +19,6 @@ import uuid
 from collections.abc import Iterator
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
@@ -30,7 +29,7 @@ from ray.experimental import tqdm_ray
 from torch import Tensor
 
 from langcell.batch import MicroBatch
-from langcell.corpus.stream import Position, deal_round, micro_batch, stream
+from langcell.corpus.stream import Position, stream
 from langcell.errors import InputError
 from langcell.model.flops import Work, mfu, peak_flops, step_flops
 from langcell.objective.stages import LOSSES
@@ -38,6 +37,7 @@ from langcell.storage import open_root, read_file, write_file
 from langcell.train import liveness as live
 from langcell.train import trace
 from langcell.train.guard import Guard
+from langcell.train.judging import evaluate, validate
 from langcell.train.liveness import Liveness
 from langcell.train.metrics import Metrics
 from langcell.train.notice import Listener
@@ -85,8 +85,8 @@ class _Worker:
         store = Store(root, task.stage)
         self.token = f"{task.job} {uuid.uuid4().hex}"
         self.root = root
+        self._take_over()
         if self.rank == 0:
-            self._take_over()
             store.clean()
         self.ready: Ready = make_ready(task, store, self.device)
         cursor = self.ready.cursor
@@ -198,7 +198,7 @@ class _Worker:
         val = {}
         if ends_epoch:
             self.liveness.at(step, live.VALIDATION)
-            val = self._validate()
+            val = validate(task, self.ready)
         if self.metrics is not None:
             losses = {name: row[name] for name in LOSSES[task.stage]}
             self.metrics.write({k: v for k, v in row.items() if k not in losses}, {**losses, **val})
@@ -269,11 +269,16 @@ class _Worker:
 
     def _take_over(self) -> None:
         """From here on no other workers commit to this run: a node that is cut off does not know that it was
-        given up, and goes on."""
-        owner = read_file(self.root, OWNER).decode() if self.task.job else ""
-        if owner.partition(" ")[0] != self.task.job:
+        given up, and goes on. A collective. Raises InputError where the run is another job's."""
+        is_ours: list[bool] = [True]
+        if self.rank == 0:
+            owner = read_file(self.root, OWNER).decode() if self.task.job else ""
+            is_ours = [owner.partition(" ")[0] == self.task.job]
+            if is_ours[0]:
+                write_file(self.root, OWNER, self.token.encode())
+        dist.broadcast_object_list(is_ours, 0)
+        if not is_ours[0]:
             raise InputError(f"another job has taken over the run in {self.task.run_dir}; this one ends")
-        write_file(self.root, OWNER, self.token.encode())
 
     def _before_commit(self) -> None:
         if read_file(self.root, OWNER).decode() != self.token:
@@ -317,16 +322,7 @@ class _Worker:
             prefetch=task.corpus.prefetch,
         )
         for position, rows in steps:
-            yield position, self._micro_batches(rows, position.epoch, task.short_share)
-
-    def _micro_batches(self, rows: pa.Table, epoch: int, short_share: float) -> list[MicroBatch]:
-        seed, texts = self.task.train.seed, self.ready.texts
-        return [
-            micro_batch(rows.slice(i, 1), texts, epoch=epoch, short_share=short_share, seed=seed).to(
-                self.device
-            )
-            for i in range(len(rows))
-        ]
+            yield position, self.ready.micro_batches(rows, position.epoch, task.short_share)
 
     def _mfu(self, work: Work, seconds: float) -> float | None:
         """Share of what the devices could do at their bf16 peak; None where that is not known (a CPU)."""
@@ -354,37 +350,10 @@ class _Worker:
             and (epoch + 1) % task.train.evaluate_epochs == 0
         ):
             self.liveness.at(task.first_step + (epoch + 1) * task.plan.steps - 1, live.EVALUATION)
-            report |= self._evaluate()
+            report |= evaluate(task.evaluate, self.engine)
         if self.rank == 0:
             figures = "  ".join(
                 f"{name} {value:.3f}" for name, value in report.items() if isinstance(value, float)
             )
             print(f"stage {task.stage}  epoch {epoch + 1}/{task.epochs}  {figures}", flush=True)
         ray.train.report(report)
-
-    def _validate(self) -> dict[str, float]:
-        """Mean losses over whole global batches of the `val` split, dropout off, the same draws each time."""
-        plan = self.task.val_plan
-        if plan is None:
-            return {}
-        self.engine.eval()
-        sums: dict[str, float] = {}
-        for windows in zip(*(plan.windows(0, lane) for lane in self.lanes.owned), strict=True):
-            rows, k = deal_round(self.task.corpus.dir, plan, windows), len(windows)
-            for i in range(0, len(rows), k):
-                batches = self._micro_batches(rows.slice(i, k), 0, 0.0)
-                shares = run_step(self.engine, self.lanes, batches, 0, learn=False)
-                for name, loss in tell(shares, LOSSES[self.task.stage], self.lanes).losses.items():
-                    sums[name] = sums.get(name, 0.0) + loss / plan.steps
-        self.engine.train()
-        weights = self.engine.module.weights
-        total = sum(weights[name] * loss for name, loss in sums.items())
-        return {f"val_{name}": loss for name, loss in sums.items()} | {"val_loss": total}
-
-    def _evaluate(self) -> dict[str, Any]:
-        self.engine.eval()
-        assert self.task.evaluate is not None
-        with torch.inference_mode():
-            figures = self.task.evaluate(self.engine.module.model)
-        self.engine.train()
-        return figures

@@ -95,7 +95,10 @@ class Metrics:
             self._published = time.monotonic()
 
     def close(self) -> None:
-        self.publish()
+        try:
+            self.publish()
+        except OSError as error:
+            print(f"{METRICS} lacks the last steps: {error}", flush=True)
         if self._local is not None:
             self._local.close()
 

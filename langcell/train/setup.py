@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, replace
 
+import pyarrow as pa
 import torch
 from deepspeed import DeepSpeedEngine
 
-from langcell.batch import TextTable
+from langcell.batch import MicroBatch, TextTable
+from langcell.corpus.stream import micro_batch
 from langcell.corpus.text_table import load_text_table
 from langcell.model.interop import build_model, load_tokenizer
 from langcell.objective.lanes import Lanes
@@ -28,6 +30,16 @@ class Ready:
     lanes: Lanes
     engine: DeepSpeedEngine
     cursor: Cursor
+    seed: int
+
+    def micro_batches(self, rows: pa.Table, epoch: int, short_share: float) -> list[MicroBatch]:
+        """Rows of the stream as the engine takes them, on its device."""
+        return [
+            micro_batch(
+                rows.slice(i, 1), self.texts, epoch=epoch, short_share=short_share, seed=self.seed
+            ).to(self.engine.device)
+            for i in range(len(rows))
+        ]
 
 
 def make_deterministic() -> None:
@@ -39,7 +51,7 @@ def make_deterministic() -> None:
     torch.use_deterministic_algorithms(True)
     # Else every buffer that DeepSpeed allocates, 2 GB of gradients a backward, is filled with NaN first: a
     # step of a toy model took 6 s instead of 0.25.
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
 
 
@@ -84,5 +96,7 @@ def make_ready(task: StageTask, store: Store, device: torch.device) -> Ready:
     )
     if found is not None:
         ckpt.restore(engine, found)
-        return Ready(texts, lanes, engine, found.record.cursor)
-    return Ready(texts, lanes, engine, Cursor(task.stage, 0, 0, task.first_step, task.plan.hash))
+        cursor = found.record.cursor
+    else:
+        cursor = Cursor(task.stage, 0, 0, task.first_step, task.plan.hash)
+    return Ready(texts, lanes, engine, cursor, task.train.seed)

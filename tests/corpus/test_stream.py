@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from langcell.batch import Packed, TextTable
-from langcell.corpus.plan import Plan, RowGroup
+from langcell.corpus import stream as streams
+from langcell.corpus.plan import Epoch, Plan, RowGroups, Span, Window
 from langcell.corpus.schema import BLOCK_SCHEMA
-from langcell.corpus.stream import Position, deal_window, draw_variants, micro_batch, stream
+from langcell.corpus.stream import Position, deal_window, draw_variants, micro_batch, read_cells, stream
 
 TEXTS = [11, 22, 33]
 
@@ -31,7 +32,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, Plan]:
             schema=BLOCK_SCHEMA,
         )
         pq.write_table(table, root / f"{index}.parquet", row_group_size=20)
-        groups += [RowGroup(f"{index}.parquet", i, rows) for i, rows in enumerate((20, 20, 10))]
+        groups.append(RowGroups(f"{index}.parquet", (20, 20, 10)))
     return str(root), Plan(tuple(groups), seed=3, global_batch=8, micro_batch=4, window_steps=5)
 
 
@@ -71,6 +72,47 @@ def test_streams_follow_the_plan_and_resume_in_it(ray_session: None, corpus: tup
     assert _steps(corpus, [0, 1], Position(0, 7)) == both[7:]
     assert _read(corpus, 1, Position(0, 7)) == lanes[1][7:]
     assert _read(corpus, 0, Position(1, 0)) == lanes[0][plan.steps :]
+
+
+def test_a_long_stage_is_several_laps(
+    ray_session: None, corpus: tuple[str, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, plan = corpus
+    assert plan.rounds == 4
+    whole = _steps(corpus, [0, 1], Position(0, 3))
+    monkeypatch.setattr(streams, "LAP", 3)  # ends in both epochs' middle
+    assert _steps(corpus, [0, 1], Position(0, 3)) == whole
+    assert _steps(corpus, [0, 1], Position(1, 2)) == whole[plan.steps - 1 :]
+
+
+def test_windows_are_left_to_the_tasks(
+    ray_session: None, corpus: tuple[str, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker that made them would hold all of a stage before its first step."""
+    made: list[int] = []
+    monkeypatch.setattr(Epoch, "__init__", lambda self, plan, epoch: made.append(epoch))
+    directory, plan = corpus
+    steps = stream(directory, plan, lanes=[0], epochs=10_000, start=Position(0, 0), prefetch=1)
+    assert next(steps)[0] == Position(0, 0)
+    assert not made
+
+
+def test_cells_are_read_in_the_order_of_the_spans(corpus: tuple[str, Plan]) -> None:
+    """Neighbours in a file too, backwards and with others between them."""
+    whole = [("2", 1), ("2", 0), ("0", 2), ("2", 2)]
+    spans = [Span("1.parquet", 0, 13, 20)]
+    spans += [Span(f"{file}.parquet", index, 0, 10 if index == 2 else 20) for file, index in whole]
+    spans.append(Span("0.parquet", 0, 0, 4))
+    joinids = [
+        joinid
+        for span in spans
+        for joinid in np.arange(span.start, span.stop) + 50 * int(span.file[0]) + 20 * span.index
+    ]
+    read = read_cells(corpus[0], Window(0, 0, 0, 0, 1, tuple(spans)))
+    assert read["soma_joinid"].to_pylist() == joinids
+    assert [tokens[0] for tokens in read["tokens"].to_pylist()] == joinids
+    inside = read_cells(corpus[0], Window(0, 0, 0, 0, 1, (Span("1.parquet", 1, 3, 5),)))
+    assert inside["soma_joinid"].to_pylist() == [73, 74]
 
 
 def test_tokens_stay_with_their_cell(corpus: tuple[str, Plan]) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch.profiler import record_function
 
+from langcell.storage import open_root
 from langcell.train.profile import WAIT, WARMUP, Profile
 
 
@@ -27,7 +28,7 @@ def labels(path: Path) -> list[str]:
 
 
 def test_the_steps_after_the_first_ones_are_traced(tmp_path: Path) -> None:
-    loop(Profile(tmp_path / "profile", "stage-1", 2), 10)
+    loop(Profile(open_root(str(tmp_path)), "stage-1", 2), 10)
     first = WAIT + WARMUP
     assert labels(tmp_path / "profile" / "stage-1.json.gz") == [f"step {first}", f"step {first + 1}"]
     table = (tmp_path / "profile" / "stage-1.txt").read_text()
@@ -41,5 +42,5 @@ def test_a_short_stage_leaves_what_was_recorded(tmp_path: Path) -> None:
 
 
 def test_nothing_is_written_where_nothing_is_asked_for(tmp_path: Path) -> None:
-    loop(Profile(tmp_path / "profile", "stage-1", 0), 10)
+    loop(Profile(open_root(str(tmp_path)), "stage-1", 0), 10)
     assert list(tmp_path.iterdir()) == []
