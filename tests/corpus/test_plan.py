@@ -19,7 +19,7 @@ def plans(draw: st.DrawFn) -> Plan:
     files = draw(st.lists(st.lists(st.integers(1, 40), min_size=1, max_size=3), min_size=1, max_size=5))
     micro_batch, lanes = draw(st.integers(1, 5)), draw(st.integers(1, 4))
     return Plan(
-        tuple(RowGroups(f"slice-{i}", tuple(rows), draw(st.integers(0, 2))) for i, rows in enumerate(files)),
+        tuple(RowGroups(f"slice-{i}", tuple(rows)) for i, rows in enumerate(files)),
         seed=draw(st.integers(0, 5)),
         global_batch=micro_batch * lanes,
         micro_batch=micro_batch,

@@ -37,8 +37,8 @@ def test_the_steps_after_the_first_ones_are_traced(tmp_path: Path) -> None:
 
 
 def test_a_short_stage_leaves_what_was_recorded(tmp_path: Path) -> None:
-    loop(Profile(tmp_path, "stage-1", 50), WAIT + WARMUP + 1)
-    assert labels(tmp_path / "stage-1.json.gz") == [f"step {WAIT + WARMUP}"]
+    loop(Profile(open_root(str(tmp_path)), "stage-1", 50), WAIT + WARMUP + 1)
+    assert labels(tmp_path / "profile" / "stage-1.json.gz") == [f"step {WAIT + WARMUP}"]
 
 
 def test_nothing_is_written_where_nothing_is_asked_for(tmp_path: Path) -> None:
