@@ -47,5 +47,5 @@ def _take(root: fs.FileSystem, block: Block, rows: np.ndarray, columns: Sequence
     size = np.diff(ends, prepend=0)
     first = np.cumsum(size[needed]) - size[needed]
     place = rows - (ends - size)[group] + first[np.searchsorted(needed, group)]
-    with pq.ParquetFile(block.file, filesystem=root, pre_buffer=True) as parquet:
+    with pq.ParquetFile(block.file, filesystem=root) as parquet:
         return parquet.read_row_groups(needed.tolist(), columns=list(columns)).take(place)

@@ -9,7 +9,7 @@ A resume starts the stream at the right window; only a part of one window is rea
 A row in is two numbers, its epoch and round, and a task derives the windows from the plan (20 ms at 27.5M
 cells): windows of six such epochs would be gigabytes. Ray stores every row in as a block, 1-2 ms each before
 the first step (5,000 of them: 5-16 s), so a long stage is several datasets of `LAP` rounds, one after the
-other; a change takes half a second in `LAP` x M steps.
+other; a change takes 1-4 s in `LAP` x M steps.
 
 Order is kept by Ray Data's `preserve_order`; its default reservation of resources would leave half
 of the CPUs idle. Both are set in the worker's own DataContext.

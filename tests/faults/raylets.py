@@ -1,58 +1,80 @@
-"""A cluster of several raylets on this machine that loses one of them, and is given another.
+"""A cluster of three raylets on this machine that loses one with training workers, and is given another.
 
-`raylets.py RUN_DIR FOLDER OPTIONS STEP BACK`: trains as `driver.py` does; at step STEP the raylet of rank 0's
-node is killed, and, where BACK is not 0, a new one joins at step BACK. Prints the nodes that trained.
+`raylets.py RUN_DIR FOLDER OPTIONS STEP HOW BACK`: trains as `driver.py` does; at step STEP a raylet under
+which a worker runs is killed (HOW is `kill`), or Ray is told that it will be taken away, as a spot node is,
+and it is once stage 2 has a checkpoint (`drain`). Where BACK is not 0 a new one joins at step BACK.
 """
 
-import contextlib
 import json
 import os
 import sys
 import threading
+import time
 from pathlib import Path
+from typing import Any
 
+import psutil
 import ray
+from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
+from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
 from tests.faults.making import Tiny, last_step, train, watched
 
+HEAD = {"num_cpus": 2, "object_store_memory": 128 << 20, "include_dashboard": False}
+GRACE_S = 60.0
 TRAINER = {"num_cpus": 2, "resources": {"trainer": 2}, "object_store_memory": 128 << 20}
 
 
-def node_of_a_worker() -> str:
-    """Id of the node where a training worker lives."""
-    from ray.util.state import list_actors
+def trains(node: Any) -> bool:
+    """Whether a training worker runs under the node's raylet."""
+    (raylet,) = node.all_processes["raylet"]
+    family = psutil.Process(raylet.process.pid).children(recursive=True)
+    return any("RayTrainWorker" in " ".join(process.cmdline()) for process in family)
 
-    workers = list_actors(filters=[("class_name", "=", "RayTrainWorker"), ("state", "=", "ALIVE")])
-    return str(workers[0].node_id)
+
+def drain(address: str, node_id: str) -> None:
+    """Tell Ray that a node will be taken away, as an autoscaler does."""
+    accepted, why = GcsClient(address).drain_node(
+        node_id,
+        DrainNodeReason.Value("DRAIN_NODE_REASON_PREEMPTION"),
+        "a test takes it away",
+        int((time.time() + GRACE_S) * 1000),
+    )
+    assert accepted, why
+    print("a node is drained", flush=True)
 
 
 def main() -> None:
-    run_dir, folder, options, step, back = sys.argv[1:]
-    head = {"num_cpus": 2, "object_store_memory": 128 << 20, "include_dashboard": True}
-    cluster = Cluster(initialize_head=True, head_node_args=head)
+    run_dir, folder, options, step, how, back = sys.argv[1:]
+    cluster = Cluster(initialize_head=True, head_node_args=HEAD)
     nodes = [cluster.add_node(**TRAINER) for _ in range(2)]
     ray.init(address=cluster.address, logging_level="WARNING")
 
+    def wait_for(step: str, done: threading.Event) -> None:
+        while last_step(Path(run_dir)) < int(step) and not done.is_set():
+            done.wait(0.02)
+
     def disturb(done: threading.Event) -> None:
-        while last_step(Path(run_dir)) < int(step):
-            done.wait(0.02)
-        lost = node_of_a_worker()
-        [node] = [node for node in nodes if node.node_id == lost]
-        cluster.remove_node(node, allow_graceful=False)
-        print("killed the raylet of", lost, flush=True)
-        while int(back) and last_step(Path(run_dir)) < int(back) and not done.is_set():
-            done.wait(0.02)
+        wait_for(step, done)
+        lost = next(node for node in nodes if trains(node))
+        (raylet,) = lost.all_processes["raylet"]
+        if how == "drain":
+            drain(cluster.address, lost.node_id)
+            while not list(Path(run_dir).glob("checkpoints/stage2/*/checkpoint.json")) and not done.is_set():
+                done.wait(0.02)
+        raylet.process.kill()
+        print("a raylet is killed", flush=True)
         if int(back):
+            wait_for(back, done)
             cluster.add_node(**TRAINER)
 
     with watched(disturb):
         train(Tiny(Path(folder)), Path(run_dir), **json.loads(options))
     print("trained", flush=True)
-    with contextlib.suppress(Exception):
-        ray.shutdown()
-        cluster.shutdown()
-    os._exit(0)
+    ray.shutdown()
+    cluster.shutdown()
+    os._exit(0)  # what Ray still has to say of the node that is lost is not waited for
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import threading
-import time
 from pathlib import Path
 
 import psutil
@@ -87,11 +87,8 @@ def test_the_undisturbed_run_sees_each_cell_once(straight: Straight, tiny: Tiny)
     assert rows.slice(0, len(rows) - len(in_stage_2))["hard_text_row"].null_count == EPOCH * 16
 
 
-def test_a_stopped_worker_is_named_and_replaced(
-    straight: Straight, tiny: Tiny, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    """SIGSTOP: nobody dies, the others hang in a collective. After the time-out they say whom they wait
-    for."""
+def test_a_stopped_worker_is_named_and_replaced(straight: Straight, tiny: Tiny, tmp_path: Path) -> None:
+    """SIGSTOP: nobody dies, the others hang in a collective. After the time-out they say whom they wait for."""
     run_dir, stopped = tmp_path / "run", []
 
     def stop(done: threading.Event) -> None:
@@ -101,8 +98,9 @@ def test_a_stopped_worker_is_named_and_replaced(
                 stopped.append(found[1])
 
     with watched(stop):
-        started = time.monotonic()
         trained = train(tiny, run_dir, collective_timeout_s=10.0)
     assert stopped
-    assert time.monotonic() - started < 240
     same(run_dir, straight, trained)
+    logs = Path(ray._private.worker._global_node.get_logs_dir_path())
+    said = "".join(log.read_text(errors="replace") for log in logs.glob("worker-*.err"))
+    assert re.search(r"rank (\d): no progress for 10 s .*: rank (?!\1)\d is behind: .* of step \d+, on", said)
