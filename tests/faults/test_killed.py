@@ -88,7 +88,8 @@ def test_the_undisturbed_run_sees_each_cell_once(straight: Straight, tiny: Tiny)
 
 
 def test_a_stopped_worker_is_named_and_replaced(straight: Straight, tiny: Tiny, tmp_path: Path) -> None:
-    """SIGSTOP: nobody dies, the others hang in a collective. After the time-out they say whom they wait for."""
+    """SIGSTOP: nobody dies, the others hang in a collective. After the time-out they say whom they wait
+    for."""
     run_dir, stopped = tmp_path / "run", []
 
     def stop(done: threading.Event) -> None:
