@@ -36,7 +36,7 @@ from langcell.storage import open_root
 
 COLUMNS = ["soma_joinid", "text_id", "length", "tokens"]
 FILES_AHEAD = 16
-"""Row groups that a task fetches at once: a window's lie in as many files, each two requests on S3."""
+"""Row groups that a task fetches at once: a window's lie in as many files, each three requests on S3."""
 LAP = 256
 """Rounds that a dataset has at most."""
 
