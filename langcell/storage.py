@@ -9,6 +9,7 @@ by an exception publishes what it has got so far: there, too, only under the oth
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -47,9 +48,14 @@ def open_root(uri: str, option: str = "corpus.dir") -> fs.FileSystem:
 def write_file(root: fs.FileSystem, name: str, data: bytes | pa.Buffer) -> None:
     """Write `data` as `name`, atomically (an existing file is replaced). Its folder must exist."""
     temporary = f"{name}.{uuid.uuid4().hex}.tmp"
-    with root.open_output_stream(temporary) as stream:
-        stream.write(data)
-    root.move(temporary, name)
+    try:
+        with root.open_output_stream(temporary) as stream:
+            stream.write(data)
+        root.move(temporary, name)
+    except OSError:
+        with contextlib.suppress(OSError):
+            root.delete_file(temporary)  # on a disk that is full it would take room for good
+        raise
 
 
 def read_file(root: fs.FileSystem, name: str) -> bytes:

@@ -40,6 +40,7 @@ FREE = {
         "gpus",
         "zero",
         "offload",
+        "checkpoint_epochs",
         "checkpoint_steps",
         "checkpoint_minutes",
         "keep_last",

@@ -20,6 +20,7 @@ from langcell.errors import InputError, Interrupted, RunError
 from langcell.recipes.stopping import Stopping
 from langcell.storage import open_root
 from langcell.train.checkpoint import check_plan, read_weights
+from langcell.train.liveness import COLLECTIVE_S
 from langcell.train.loop import run_stage
 from langcell.train.notice import make_notice
 from langcell.train.options import TrainOptions
@@ -96,7 +97,15 @@ def fit(task: StageTask, stopping: Stopping | None = None) -> Trained:
 
 
 def _is_finished(store: Store, task: StageTask) -> bool:
-    return any(record.cursor.global_step == task.last_step for _, record in store.committed())
+    """Whether the stage's last checkpoint is there, and whole: else its last steps are trained again."""
+    for name, record in store.committed():
+        if record.cursor.global_step == task.last_step:
+            try:
+                read_weights(store, name, record)
+            except DamagedError:
+                return False  # the workers say so, and take the one before
+            return True
+    return False
 
 
 def _train(task: StageTask, stopping: Stopping) -> Outcome:
@@ -110,7 +119,7 @@ def _train(task: StageTask, stopping: Stopping) -> Outcome:
             run_stage,  # type: ignore[arg-type]
             train_loop_config=replace(task, notice=notice),  # type: ignore[arg-type]
             torch_config=TorchConfig(
-                backend="nccl" if gpus else "gloo", timeout_s=int(options.collective_timeout_s)
+                backend="nccl" if gpus else "gloo", timeout_s=int(options.collective_timeout_s + COLLECTIVE_S)
             ),
             scaling_config=ScalingConfig(  # type: ignore[call-arg]  # stubs are of the older API
                 num_workers=workers,  # type: ignore[arg-type]

@@ -17,7 +17,7 @@ each). Nothing random is saved, for nothing random has a state; the learning rat
 
 from __future__ import annotations
 
-import json
+import contextlib
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -40,7 +40,7 @@ from torch import Tensor, nn
 
 from langcell.errors import InputError
 from langcell.train.engine import optimizer_states
-from langcell.train.store import DamagedError, Record, Shard, Store
+from langcell.train.store import DamagedError, Record, Store
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 log = logging.getLogger(__name__)
@@ -155,6 +155,8 @@ def find(store: Store, device: torch.device) -> Held | None:
             damaged = True
             if dist.get_rank() == 0:
                 log.warning("checkpoint %s is passed over, it is damaged: %s", name, error)
+                with contextlib.suppress(OSError):
+                    store.set_aside(name)
     if damaged:
         raise DamagedError(
             f"no checkpoint in {store.folder} of the run directory is whole; restore one, or delete the "
@@ -273,10 +275,3 @@ def read_weights(store: Store, name: str, record: Record) -> dict[str, Tensor]:
     for shard in record.shards:
         weights |= parse(bytes(store.read(name, shard.weights)))
     return weights
-
-
-def describe(shard: Shard) -> str:
-    """A rank's files as JSON, for the rank that commits."""
-    return json.dumps(
-        {"shapes": shard.shapes, "weights": vars(shard.weights), "optimizer": vars(shard.optimizer)}
-    )

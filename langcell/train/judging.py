@@ -17,9 +17,10 @@ from langcell.train.task import StageTask
 from langcell.train.told import tell
 
 
-def validate(task: StageTask, ready: Ready) -> dict[str, float]:
+def validate(task: StageTask, ready: Ready, alive: Callable[[], None]) -> dict[str, float]:
     """Mean losses over whole global batches of the `val` split, dropout off, the same draws each time:
-    `val_NAME`, and `val_loss`, weighted as in training. A collective. Empty where there is no such split."""
+    `val_NAME`, and `val_loss`, weighted as in training. alive: called before each batch. A collective. Empty
+    where there is no such split."""
     plan, engine, lanes = task.val_plan, ready.engine, ready.lanes
     if plan is None:
         return {}
@@ -28,6 +29,7 @@ def validate(task: StageTask, ready: Ready) -> dict[str, float]:
     for windows in zip(*(plan.windows(0, lane) for lane in lanes.owned), strict=True):
         rows, k = deal_round(task.corpus.dir, plan, windows), len(windows)
         for i in range(0, len(rows), k):
+            alive()
             batches = ready.micro_batches(rows.slice(i, k), 0, 0.0)
             shares = run_step(engine, lanes, batches, 0, learn=False)
             for name, loss in tell(shares, LOSSES[task.stage], lanes).losses.items():

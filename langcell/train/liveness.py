@@ -9,6 +9,7 @@ end by itself (NCCL's does not, gloo's does): Ray Train starts the group again f
 
 from __future__ import annotations
 
+import contextlib
 import math
 import os
 import sys
@@ -19,8 +20,10 @@ from dataclasses import dataclass
 import torch.distributed as dist
 
 CHECK_S = 0.5
-GRACE_S = 10.0
-"""Seconds that a collective is given to raise by itself, which says more than an exit does."""
+COLLECTIVE_S, GRACE_S = 5.0, 10.0
+"""Seconds after the limit when a collective raises by itself (the process group's time-out), and when a
+process whose collective does not is ended."""
+ANSWER_S = 3.0
 EXIT_CODE = 70
 START, DATA, STEP, VALIDATION, EVALUATION, CHECKPOINT = (
     "start",
@@ -60,6 +63,8 @@ def said(beats: dict[int, Beat | None], limit_s: float, now: float) -> str:
     """A message that names who is behind. beats: of every rank (None: it said nothing)."""
     silent = [rank for rank, beat in beats.items() if beat is None]
     told = {rank: beat for rank, beat in beats.items() if beat is not None}
+    if not told:
+        return f"no progress for {limit_s:.0f} s (train.collective_timeout_s): no rank said where it was"
     least = min((beat.step, beat.phase != DATA) for beat in told.values())
     behind = {rank: beat for rank, beat in told.items() if (beat.step, beat.phase != DATA) == least}
     if len(behind) == len(beats):
@@ -105,22 +110,41 @@ class Liveness:
         self._since = math.inf if phase == EVALUATION else time.monotonic()
         self._own.set(f"beat/{self.rank}", f"{step}\n{phase}\n{time.time()}\n{self._host}")
 
+    def again(self) -> None:
+        """A long phase goes on: what it does in parts may take so long each."""
+        if self._since != math.inf:
+            self._since = time.monotonic()
+
     def _watch(self) -> None:
         while not self._stop.wait(CHECK_S):
-            if time.monotonic() - self._since > self._limit_s:
-                break
-        else:
-            return
-        try:
-            self.message = said(self._beats(), self._limit_s, time.time())
-        except (RuntimeError, OSError) as error:
-            self.message = (
-                f"no progress for {self._limit_s:.0f} s (train.collective_timeout_s), and rank 0, which "
-                f"keeps the others' word, does not answer: {error}"
-            )
-        print(f"rank {self.rank}: {self.message}", file=sys.stderr, flush=True)
-        if not self._stop.wait(GRACE_S):
-            os._exit(EXIT_CODE)
+            since = self._since
+            if time.monotonic() - since <= self._limit_s:
+                continue
+            self.message = self._ask()
+            print(f"rank {self.rank}: {self.message}", file=sys.stderr, flush=True)
+            if self._stop.wait(GRACE_S):
+                return
+            if self._since == since:
+                os._exit(EXIT_CODE)
+            self.message = None  # slow, and no hang
+
+    def _ask(self) -> str:
+        """Who is behind. Rank 0 may be: its store then answers nobody, not even with an error."""
+        found: list[dict[int, Beat | None]] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError, OSError):
+                found.append(self._beats())
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(ANSWER_S)
+        if found:
+            return said(found[0], self._limit_s, time.time())
+        return (
+            f"no progress for {self._limit_s:.0f} s (train.collective_timeout_s): rank 0 is behind or cut "
+            f"off: it keeps the others' word, and does not answer in {ANSWER_S:.0f} s"
+        )
 
     def _beats(self) -> dict[int, Beat | None]:
         beats: dict[int, Beat | None] = {}

@@ -16,10 +16,9 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
-import pyarrow.parquet as pq
 import ray.train
 import ray.train.torch
 import ray.util
@@ -85,23 +84,28 @@ class _Worker:
         store = Store(root, task.stage)
         self.token = f"{task.job} {uuid.uuid4().hex}"
         self.root = root
-        self._take_over()
-        if self.rank == 0:
-            store.clean()
-        self.ready: Ready = make_ready(task, store, self.device)
+        self._on_rank_0(self._take_over)
+        self._on_rank_0(store.clean)
+        self.ready: Ready = make_ready(task, store, self.device, liveness.again)
         cursor = self.ready.cursor
         self.start = task.position(cursor.global_step)
         self.lanes, self.engine = self.ready.lanes, self.ready.engine
         self.guard = Guard(self.engine, task.train.skip_grad_norm, cursor.skipped, cursor.skipped_in_row)
         self.metrics: Metrics | None = None
         self.listener: Listener | None = None
-        if self.rank == 0:
-            trace.cut_back(root, task.stage, cursor.global_step)
-            self.metrics = Metrics(root, task.name, task.stage, cursor.global_step)
-            self.listener = Listener(task.notice) if task.notice is not None else None
+        self._on_rank_0(lambda: self._begin(cursor.global_step))
         self.trace = trace.Trace()
         keep = Keep(task.train.keep_last, task.train.keep_epoch_ends)
-        self.saver = Saver(store, board, self.trace, keep, cursor.global_step, self._before_commit)
+        self.saver = Saver(
+            store,
+            board,
+            self.trace,
+            keep,
+            token=self.token.partition(" ")[2],
+            start=cursor.global_step,
+            before_commit=self._before_commit,
+            alive=liveness.again,
+        )
         self._asks = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0"
         self._asked = self._saved = time.monotonic()
         self._warned_of: tuple[str, ...] = ()
@@ -198,7 +202,7 @@ class _Worker:
         val = {}
         if ends_epoch:
             self.liveness.at(step, live.VALIDATION)
-            val = validate(task, self.ready)
+            val = validate(task, self.ready, self.liveness.again)
         if self.metrics is not None:
             losses = {name: row[name] for name in LOSSES[task.stage]}
             self.metrics.write({k: v for k, v in row.items() if k not in losses}, {**losses, **val})
@@ -267,18 +271,34 @@ class _Worker:
             self.device, self.engine, self._cursor(step), val.get("val_loss"), ends_epoch=ends_epoch
         )
 
+    def _on_rank_0(self, work: Callable[[], None]) -> None:
+        """Let rank 0 do what is done once. A collective: where it fails, every rank raises InputError."""
+        failure: list[str | None] = [None]
+        if self.rank == 0:
+            try:
+                work()
+            except OSError as error:
+                failure = [f"run.dir: {self.task.run_dir} cannot be written to: {error}"]
+            except InputError as error:
+                failure = [str(error)]
+        dist.broadcast_object_list(failure, 0)
+        if failure[0] is not None:
+            raise InputError(failure[0])
+
     def _take_over(self) -> None:
         """From here on no other workers commit to this run: a node that is cut off does not know that it was
-        given up, and goes on. A collective. Raises InputError where the run is another job's."""
-        is_ours: list[bool] = [True]
-        if self.rank == 0:
-            owner = read_file(self.root, OWNER).decode() if self.task.job else ""
-            is_ours = [owner.partition(" ")[0] == self.task.job]
-            if is_ours[0]:
-                write_file(self.root, OWNER, self.token.encode())
-        dist.broadcast_object_list(is_ours, 0)
-        if not is_ours[0]:
+        given up, and goes on. Raises InputError where the run is another job's."""
+        owner = read_file(self.root, OWNER).decode() if self.task.job else ""
+        if owner.partition(" ")[0] != self.task.job:
             raise InputError(f"another job has taken over the run in {self.task.run_dir}; this one ends")
+        write_file(self.root, OWNER, self.token.encode())
+
+    def _begin(self, step: int) -> None:
+        """Cut the records back to the cursor, and listen."""
+        task = self.task
+        trace.cut_back(self.root, task.stage, step)
+        self.metrics = Metrics(self.root, task.name, task.stage, step)
+        self.listener = Listener(task.notice) if task.notice is not None else None
 
     def _before_commit(self) -> None:
         if read_file(self.root, OWNER).decode() != self.token:
@@ -299,9 +319,12 @@ class _Worker:
 
     def _write_skipped(self, step: int, batches: list[MicroBatch], drawn_N2: Tensor | None) -> None:
         """The cells of a step that was left out, for inspection."""
-        self.root.create_dir("skipped", recursive=True)
         path = f"skipped/step-{step:08d}-{self.rank}-of-{self.lanes.ranks}.parquet"
-        pq.write_table(trace.rows_of(step, batches, drawn_N2), path, filesystem=self.root)
+        try:
+            self.root.create_dir("skipped", recursive=True)
+            write_file(self.root, path, trace.encode([trace.rows_of(step, batches, drawn_N2)]))
+        except OSError as error:
+            print(f"{path} was not written: {error}", flush=True)
 
     def _say_skipped(self, step: int) -> str:
         return (

@@ -2,7 +2,8 @@
 
 One JSON object a step, by rank 0; a resume first cuts the file back to its cursor, so that every step stands
 in it once, and notes that in recoveries.jsonl: what was lost, and since when. A local file is appended to; an
-object store knows no append, so there the file is written anew every half minute and before each checkpoint.
+object store knows no append, so there the file is written anew before each checkpoint, which is what a resume
+would cut it back to. A row that cannot be written waits for the next: no disk ends a training step.
 The gauges are what a dashboard watches: `ray_langcell_loss{loss=...}` and one `ray_langcell_<name>` for each
 of `GAUGES`.
 """
@@ -12,7 +13,6 @@ from __future__ import annotations
 import json
 import math
 import threading
-import time
 from typing import Any
 
 import pyarrow as pa
@@ -23,7 +23,6 @@ from langcell.storage import read_file, write_file
 
 METRICS = "metrics.jsonl"
 RECOVERIES = "recoveries.jsonl"
-PUBLISH_S = 30.0
 GAUGES = {
     "cells_per_s": "Cells trained per second, all workers",
     "tokens_per_s": "Gene tokens trained per second, all workers",
@@ -45,10 +44,13 @@ class Metrics:
     def __init__(self, root: fs.FileSystem, run: str, stage: int, first_step: int) -> None:
         self._root, self._lock = root, threading.Lock()
         rows = cut_back(root, stage, first_step)
-        self._of_epoch = [row for row in rows if row["stage"] == stage]
+        self._epoch, self._sums, self._count = -1, dict[str, float](), dict[str, int]()
         self._lines: list[bytes] = []
-        self._published = time.monotonic()
+        """Rows that are not in the file yet; where nothing can be appended, all rows."""
         self._local: pa.NativeFile | None = None
+        for row in rows:
+            if row["stage"] == stage:
+                self._add(row)
         try:
             self._local = root.open_append_stream(METRICS)
         except NotImplementedError:
@@ -66,14 +68,16 @@ class Metrics:
         """One step: the row goes to the file with its losses, both to the gauges. What is no number is
         null."""
         whole = {name: _number(value) for name, value in {**row, **losses}.items()}
-        self._of_epoch = [row for row in self._of_epoch if row["epoch"] == whole["epoch"]] + [whole]
-        if self._local is not None:
-            self._local.write(_line(whole))
-        else:
-            with self._lock:
-                self._lines.append(_line(whole))
-            if time.monotonic() - self._published > PUBLISH_S:
-                self.publish()
+        self._add(whole)
+        with self._lock:
+            self._lines.append(_line(whole))
+            if self._local is not None:
+                try:
+                    self._local.write(b"".join(self._lines))
+                    self._local.flush()
+                    self._lines = []
+                except OSError as error:
+                    print(f"{METRICS}: {error}; the row waits for the next", flush=True)
         for name, gauge in self._gauges.items():
             if whole[name] is not None:
                 gauge.set(whole[name])
@@ -83,8 +87,18 @@ class Metrics:
 
     def means(self, names: tuple[str, ...]) -> dict[str, float]:
         """Means of the losses `names` over the present epoch, its steps before a resume included."""
-        values = {name: [row[name] for row in self._of_epoch if row[name] is not None] for name in names}
-        return {name: sum(found) / len(found) if found else math.nan for name, found in values.items()}
+        return {
+            name: self._sums[name] / self._count[name] if self._count.get(name) else math.nan
+            for name in names
+        }
+
+    def _add(self, row: dict[str, Any]) -> None:
+        if row["epoch"] != self._epoch:
+            self._epoch, self._sums, self._count = row["epoch"], {}, {}
+        for name, value in row.items():
+            if isinstance(value, float):
+                self._sums[name] = self._sums.get(name, 0.0) + value
+                self._count[name] = self._count.get(name, 0) + 1
 
     def publish(self) -> None:
         """See to it that the file holds every row. Raises OSError."""
@@ -92,13 +106,8 @@ class Metrics:
             with self._lock:
                 text = b"".join(self._lines)
             write_file(self._root, METRICS, text)
-            self._published = time.monotonic()
 
     def close(self) -> None:
-        try:
-            self.publish()
-        except OSError as error:
-            print(f"{METRICS} lacks the last steps: {error}", flush=True)
         if self._local is not None:
             self._local.close()
 

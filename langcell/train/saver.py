@@ -1,23 +1,24 @@
 """Saving in the background: what stops training is the copy to the CPU, not the storage.
 
 `save` assembles the state (`checkpoint.capture`) and hands it to a thread; every rank's thread writes its two
-files and tells rank 0 on the board (keys in the process group's own store, so that no thread takes part in a
-collective), where it also puts its part of the trace; rank 0's thread writes that, commits when all have
+files and its part of the trace and tells rank 0 on the board (a key in the process group's own store, so that
+no thread takes part in a collective); rank 0's thread joins the parts of the trace, commits when all have
 told, and removes what need not be kept. One checkpoint is under way at a time: while any rank is busy the
 next one is put off, never waited for, or the slowest storage would set the step time.
 
 A checkpoint that cannot be written costs nothing but itself: training goes on and the next one is tried.
-Where the third in a row fails the run ends, with the storage's own words.
+Where the third in a row fails the run ends, with the storage's own words. Files carry a token of the workers
+that wrote them, and the run's owner is asked right before the record is written: workers that were given up,
+and live on behind a cut cable, neither overwrite nor remove what their successors wrote.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -25,13 +26,15 @@ import torch
 import torch.distributed as dist
 from deepspeed import DeepSpeedEngine
 
-from langcell.train.checkpoint import Pieces, capture, describe, updates
+from langcell.train.checkpoint import Pieces, capture, updates
 from langcell.train.store import Cursor, File, Record, Shard, Store, name_of
-from langcell.train.trace import Trace, encode
+from langcell.train.trace import Trace, cut_back, encode
 from langcell.train.trace import write as write_trace
 
 MOST_FAILED = 3
 POLL_S = 0.05
+KINDS = {"trace": "parquet", "weights": "safetensors", "optimizer": "safetensors"}
+"""The files of a rank."""
 
 
 class TakenOverError(RuntimeError):
@@ -49,9 +52,9 @@ class Keep:
 class Saver:
     """Saves one stage's checkpoints; one on every rank.
 
-    board: a c10d store that all ranks see, used by this object's thread alone; start: global step that the
-    run goes on from; before_commit: what rank 0 does before a checkpoint exists (it may raise, and then it
-    does not).
+    board: a c10d store that all ranks see, used by this object's thread alone; token: of these workers;
+    start: global step that the run goes on from; before_commit: what rank 0 does before a checkpoint exists
+    (it may raise, and then it does not); alive: called while others are waited for.
     """
 
     def __init__(
@@ -60,8 +63,11 @@ class Saver:
         board: dist.Store,
         trace: Trace,
         keep: Keep,
+        *,
+        token: str,
         start: int,
         before_commit: Callable[[], None],
+        alive: Callable[[], None],
     ) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.failures: list[str] = []
@@ -70,10 +76,12 @@ class Saver:
         self.committed: str | None = None
         """The last checkpoint that was (rank 0)."""
         self._store, self._board, self._trace, self._keep = store, board, trace, keep
-        self._before_commit = before_commit
+        self._suffix = f"{self.rank:05d}-of-{self.ranks:05d}-{token[:8]}"
+        self._before_commit, self._alive = before_commit, alive
         self._thread: threading.Thread | None = None
-        self._tries = 0
-        self._traced_to, self._seen = start, list[bytes]()  # of all ranks, since the last commit (rank 0)
+        self._name, self._tries = "", 0
+        self._unwritten: list[pa.Table] = []  # of this rank's trace, where its file could not be written
+        self._traced_to, self._parts = start, list[bytes]()  # of all ranks, since the last commit (rank 0)
 
     @property
     def busy(self) -> bool:
@@ -93,8 +101,8 @@ class Saver:
         pieces = capture(engine)
         tau = float(engine.module.temperature(engine.device).detach())
         record = Record(cursor, updates(engine), tau, val_loss, ends_epoch)
-        self._tries += 1
-        work = (pieces, self._trace.take(), record, self._tries)
+        self._name, self._tries = name_of(cursor.global_step), self._tries + 1
+        work = (pieces, self._trace.take(), record, f"checkpoint/{self._tries}")
         self._thread = threading.Thread(target=self._write, args=work, daemon=True)
         self._thread.start()
 
@@ -102,11 +110,13 @@ class Saver:
         """Wait until no rank is busy; whether the last checkpoint was committed. A collective, and a lively
         one: nobody sits in it longer than a poll."""
         while True:
-            lost = bool(self.failures) or self.taken_over is not None
-            state = torch.tensor([float(self.busy), float(lost)], device=device)
+            self._alive()
+            busy = self.busy  # before the rest, which the thread sets
+            whole = self.rank != 0 or self.committed == self._name
+            state = torch.tensor([float(busy), float(not whole)], device=device)
             dist.all_reduce(state)
-            busy, lost = state.tolist()
-            if not busy:
+            any_busy, lost = state.tolist()
+            if not any_busy:
                 return not lost
             time.sleep(POLL_S)
 
@@ -121,62 +131,84 @@ class Saver:
                 return True
         return False
 
-    def _write(self, pieces: Pieces, seen: list[pa.Table], record: Record, attempt: int) -> None:
-        name = name_of(record.cursor.global_step)
-        key = f"checkpoint/{name}/{attempt}"
-        self._board.set(f"{key}/{self.rank}/trace", encode(seen))  # type: ignore[arg-type]  # bytes are taken
+    def _write(self, pieces: Pieces, seen: list[pa.Table], record: Record, key: str) -> None:
+        """In the thread: this rank's files, a word on the board, and (rank 0) the rest."""
+        files: dict[str, File] = {}
+        told: dict[str, Any]
+        seen = [*self._unwritten, *seen]
         try:
-            files: dict[str, File] = {}
+            files["trace"] = self._put(f"trace-{self._suffix}.parquet", encode(seen))
+            self._unwritten = []
             for kind, data in pieces.serialised():
-                file = f"{kind}-{self.rank:05d}-of-{self.ranks:05d}.safetensors"
-                files[kind] = self._store.write(name, file, data)
-            told = describe(Shard(pieces.shapes, files["weights"], files["optimizer"]))
+                files[kind] = self._put(f"{kind}-{self._suffix}.safetensors", data)
+            told = {"shard": asdict(Shard(pieces.shapes, files["weights"], files["optimizer"]))}
         except Exception as error:  # whatever storage says must reach rank 0, which waits for a word
-            told = json.dumps({"error": f"rank {self.rank}: {type(error).__name__}: {error}"})
-        self._board.set(f"{key}/{self.rank}/files", told)
+            told = {"error": f"rank {self.rank}: {type(error).__name__}: {error}"}
+        if "trace" in files:
+            told["trace"] = asdict(files["trace"])
+        else:
+            self._unwritten = seen
+        self._board.set(f"{key}/{self.rank}", json.dumps(told))
         if self.rank == 0:
-            self._finish(name, record, key)
+            self._finish(record, key)
 
-    def _finish(self, name: str, record: Record, key: str) -> None:
+    def _put(self, file: str, data: bytes) -> File:
+        return self._store.write(self._name, file, data)
+
+    def _finish(self, record: Record, key: str) -> None:
+        """Rank 0: hear all ranks and commit, or say why not."""
+        told: list[dict[str, Any]] = []
         try:
-            self._commit(name, record, key)
+            if self.taken_over is None:
+                told = self._collect(key)
+                self._commit(record, told)
         except TakenOverError as error:
             self.taken_over = str(error)
-            return
         except Exception as error:
             self.failures = [*self.failures, str(error)]
             print(
-                f"checkpoint {name} was not committed ({error}); training goes on, and what was committed "
-                f"before stands{f' ({self.committed})' if self.committed else ''}",
+                f"checkpoint {self._name} was not committed ({error}); training goes on, and what was "
+                f"committed before stands{f' ({self.committed})' if self.committed else ''}",
                 flush=True,
             )
-            with contextlib.suppress(OSError):
-                self._store.remove(name)  # half of it may fill a disk that is full
-            return
-        self.failures, self.committed = [], name
-        try:
-            self._store.retain(self._keep.last, self._keep.epoch_ends)
-        except OSError as error:
-            print(f"an old checkpoint was not removed: {error}", flush=True)
+            # Half of it may fill a disk that is full.
+            self._store.discard(
+                self._name,
+                [
+                    f"{kind}-{rank:05d}{self._suffix[5:]}.{ending}"
+                    for rank in range(self.ranks)
+                    for kind, ending in KINDS.items()
+                ],
+            )
+        else:
+            if self.taken_over is None:
+                self.failures, self.committed = [], self._name
+                try:
+                    self._store.retain(self._keep.last, self._keep.epoch_ends)
+                except OSError as error:
+                    print(f"an old checkpoint was not removed: {error}", flush=True)
 
-    def _commit(self, name: str, record: Record, key: str) -> None:
-        told = [json.loads(data) for data in self._collect(key, "files")]
-        self._seen += self._collect(key, "trace")
+    def _commit(self, record: Record, told: list[dict[str, Any]]) -> None:
+        self._parts += [
+            bytes(self._store.read(self._name, File(**part["trace"]))) for part in told if "trace" in part
+        ]
         if errors := [part["error"] for part in told if "error" in part]:
             raise OSError("; ".join(errors))
-        shards = [Shard(part["shapes"], File(**part["weights"]), File(**part["optimizer"])) for part in told]
+        root, stage, stop = self._store.root, record.cursor.stage, record.cursor.global_step
+        shards = [Shard.from_dict(part["shard"]) for part in told]
         self._before_commit()
-        stop = record.cursor.global_step
-        write_trace(self._store.root, record.cursor.stage, self._traced_to, stop, self._seen)
-        self._store.commit(name, replace(record, shards=shards))
-        self._traced_to, self._seen = stop, []
+        cut_back(root, stage, self._traced_to)  # what a commit that failed has left
+        write_trace(root, stage, self._traced_to, stop, self._parts)
+        self._before_commit()
+        self._store.commit(self._name, replace(record, shards=shards))
+        self._traced_to, self._parts = stop, []
 
-    def _collect(self, key: str, what: str) -> list[bytes]:
-        """What every rank put on the board, which is cleared of it."""
-        keys = [f"{key}/{rank}/{what}" for rank in range(self.ranks)]
+    def _collect(self, key: str) -> list[dict[str, Any]]:
+        """What every rank told on the board, which is cleared of it."""
+        keys = [f"{key}/{rank}" for rank in range(self.ranks)]
         while not self._board.check(keys):
             time.sleep(POLL_S)
-        found = [self._board.get(one) for one in keys]
+        found = [json.loads(self._board.get(one)) for one in keys]
         for one in keys:
             self._board.delete_key(one)
         return found

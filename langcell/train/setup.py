@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import pyarrow as pa
@@ -55,12 +56,13 @@ def make_deterministic() -> None:
     torch.backends.cudnn.benchmark = False
 
 
-def make_ready(task: StageTask, store: Store, device: torch.device) -> Ready:
-    """A collective. Raises, on every rank alike, InputError for a checkpoint of another model or corpus, and
-    DamagedError where there are checkpoints and none is whole."""
+def make_ready(task: StageTask, store: Store, device: torch.device, alive: Callable[[], None]) -> Ready:
+    """alive: called between its parts. A collective. Raises, on every rank alike, InputError for a checkpoint
+    of another model or corpus, and DamagedError where there are checkpoints and none is whole."""
     found = ckpt.find(store, device)
     if found is not None:
         ckpt.check_plan(found.record, task.plan.hash)
+    alive()
     texts = load_text_table(task.corpus.dir, load_tokenizer(task.model.text_init), task.text_length)
     lanes = Lanes.here(task.plan.lanes)
     model = build_model(task.model, task.vocab_size, task.cell_length, task.train.seed)
@@ -79,11 +81,13 @@ def make_ready(task: StageTask, store: Store, device: torch.device) -> Ready:
         text_train=task.model.text_train,
         texts=texts.to(device),
     )
+    alive()
     stage.to(device)
     if source is not None:
         ckpt.load_weights(source, stage)
     if task.stage == 2 and stage.text_locked:
         stage.pool_table()
+    alive()
     done = 0 if found is None else found.record.cursor.global_step - task.first_step
     engine = build_engine(
         stage,

@@ -14,18 +14,23 @@ core, beside a storage that is slower); the checkpoint before is taken then.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs
+from tenacity import retry, retry_if_exception, stop_after_attempt, wait_exponential
 
 from langcell.storage import digest, read_file, write_file
 
 RECORD = "checkpoint.json"
+DAMAGED = "damaged.json"
+"""What the record of a damaged checkpoint is called from then on."""
 FORMAT = 1
 log = logging.getLogger(__name__)
 
@@ -67,6 +72,11 @@ class Shard:
     weights: File
     optimizer: File
 
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Shard:
+        """The inverse of `asdict`."""
+        return cls(values["shapes"], File(**values["weights"]), File(**values["optimizer"]))
+
 
 @dataclass(frozen=True)
 class Record:
@@ -94,10 +104,7 @@ class Record:
             values = json.loads(text)
             if values["format"] != FORMAT:
                 raise DamagedError(f"it has format {values['format']}, this version reads {FORMAT}")
-            shards = [
-                Shard(shard["shapes"], File(**shard["weights"]), File(**shard["optimizer"]))
-                for shard in values.pop("shards")
-            ]
+            shards = [Shard.from_dict(shard) for shard in values.pop("shards")]
             return cls(**{**values, "cursor": Cursor(**values["cursor"]), "shards": shards})
         except (ValueError, KeyError, TypeError) as error:
             raise DamagedError(f"{RECORD} is damaged ({type(error).__name__}: {error})") from error
@@ -106,6 +113,20 @@ class Record:
 def name_of(global_step: int) -> str:
     """Folder of the checkpoint from which step `global_step` is the next."""
     return f"step-{global_step:08d}"
+
+
+@retry(
+    retry=retry_if_exception(
+        lambda error: isinstance(error, OSError) and not isinstance(error, FileNotFoundError)
+    ),
+    stop=stop_after_attempt(5),
+    wait=wait_exponential(max=30),
+    reraise=True,
+)
+def _read(root: fs.FileSystem, path: str) -> pa.Buffer:
+    """Storage that does not answer is no damage: the run must not go back for it."""
+    with root.open_input_stream(path) as stream:
+        return stream.read_buffer()
 
 
 class Store:
@@ -144,7 +165,8 @@ class Store:
         """The same, by validation loss (the lowest first), those without one by age after them."""
 
         def loss(found: tuple[str, Record]) -> float:
-            return math.inf if found[1].val_loss is None else found[1].val_loss
+            loss = found[1].val_loss
+            return loss if loss is not None and math.isfinite(loss) else math.inf
 
         return sorted(self.committed(), key=loss)
 
@@ -164,15 +186,24 @@ class Store:
         """The bytes of a file. Raises DamagedError where they are not those that were written."""
         path = f"{self.folder}/{name}/{file.name}"
         try:
-            with self.root.open_input_stream(path) as stream:
-                data = stream.read_buffer()
-        except OSError as error:
-            raise DamagedError(f"{path} cannot be read: {error}") from error
+            data = _read(self.root, path)
+        except FileNotFoundError as error:
+            raise DamagedError(f"{path} is missing") from error
         if len(data) != file.size:
             raise DamagedError(f"{path} has {len(data)} bytes, {file.size} were written")
         if digest(data) != file.hash:
             raise DamagedError(f"{path} is not what was written: its hash differs")
         return data
+
+    def set_aside(self, name: str) -> None:
+        """From here on a damaged checkpoint is none: it is not met again, nor kept in another's stead."""
+        self.root.move(f"{self.folder}/{name}/{RECORD}", f"{self.folder}/{name}/{DAMAGED}")
+
+    def discard(self, name: str, files: list[str]) -> None:
+        """Remove files of a checkpoint that was not committed, and nothing that others wrote beside them."""
+        for file in files:
+            with contextlib.suppress(OSError):
+                self.root.delete_file(f"{self.folder}/{name}/{file}")
 
     def remove(self, name: str) -> None:
         """Remove a checkpoint, its record first: half of it is none."""
@@ -182,9 +213,10 @@ class Store:
         self.root.delete_dir(path)
 
     def clean(self) -> None:
-        """Remove what was not committed."""
+        """Remove what was not committed; what was set aside stays, to be looked at."""
         for name in self.names():
-            if self.root.get_file_info(f"{self.folder}/{name}/{RECORD}").type == fs.FileType.NotFound:
+            paths = [f"{self.folder}/{name}/{record}" for record in (RECORD, DAMAGED)]
+            if all(info.type == fs.FileType.NotFound for info in self.root.get_file_info(paths)):
                 self.remove(name)
 
     def retain(self, last: int, epoch_ends: bool) -> None:

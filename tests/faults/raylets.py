@@ -2,7 +2,8 @@
 
 `raylets.py RUN_DIR FOLDER OPTIONS STEP HOW BACK`: trains as `driver.py` does; at step STEP a raylet under
 which a worker runs is killed (HOW is `kill`), or Ray is told that it will be taken away, as a spot node is,
-and it is once stage 2 has a checkpoint (`drain`). Where BACK is not 0 a new one joins at step BACK.
+and it is once stage 2 has a checkpoint (`drain`). Where BACK is not 0 a new one joins at step BACK, and the
+epoch's end takes half a minute.
 """
 
 import json
@@ -45,6 +46,14 @@ def drain(address: str, node_id: str) -> None:
     print("a node is drained", flush=True)
 
 
+class Doze:
+    """As an evaluation: time in which a node may come back, at an epoch's end."""
+
+    def __call__(self, _: object) -> dict[str, float]:
+        time.sleep(30)
+        return {}
+
+
 def main() -> None:
     run_dir, folder, options, step, how, back = sys.argv[1:]
     cluster = Cluster(initialize_head=True, head_node_args=HEAD)
@@ -70,7 +79,8 @@ def main() -> None:
             cluster.add_node(**TRAINER)
 
     with watched(disturb):
-        train(Tiny(Path(folder)), Path(run_dir), **json.loads(options))
+        evaluate = Doze() if int(back) else None
+        train(Tiny(Path(folder)), Path(run_dir), evaluate, **json.loads(options))
     print("trained", flush=True)
     ray.shutdown()
     cluster.shutdown()

@@ -55,7 +55,9 @@ def test_a_run_lives_in_a_bucket(straight: Straight, tiny: Tiny, tmp_path: Path,
     rows = [json.loads(line) for line in server.get("runs", "one/metrics.jsonl").splitlines()]
     assert [(row["step"], row["mgm"]) for row in rows] == [loss[:2] for loss in Tiny.losses(straight.run_dir)]
     parts = [
-        pq.read_table(io.BytesIO(server.get("runs", key))) for key in keys if key.startswith("one/trace/")
+        pq.read_table(io.BytesIO(server.get("runs", key)))
+        for key in keys
+        if key.startswith("one/trace/") and key.endswith(".parquet")
     ]
     assert sum(map(len, parts)) == STEPS * 16
     summary = json.loads(server.get("runs", "one/summary.json"))

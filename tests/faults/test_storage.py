@@ -66,7 +66,10 @@ def saved(rank: int, storage: FullDisk | Refusing) -> dict[str, Any]:
     engine = engine_of("fp32", 2, lanes)
     root = open_root(storage.uri)
     store, seen = Store(root, 2), trace.Trace()
-    saves = saver.Saver(store, liveness.clone(liveness.board()), seen, saver.Keep(5, False), 0, lambda: None)
+    saves = saver.Saver(
+        store, liveness.clone(liveness.board()), seen, saver.Keep(5, False),
+        token="aaaaaaaa", start=0, before_commit=lambda: None, alive=lambda: None,
+    )  # fmt: skip
 
     def spoil(yes: bool) -> None:
         if rank == 0:

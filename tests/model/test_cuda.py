@@ -95,7 +95,7 @@ def on_gpu(
     stage = toy.stage(2, dropout=dropout, tau=0.2)
     stage.texts = stage.texts.to("cuda")
     engine = build_engine(stage, train, lr=LR, steps=10, device=torch.device("cuda"))
-    before = whole_weights(engine.module, engine)
+    before = whole_weights(engine)
     shares = engine(toy.batch().to("cuda"), 3)
     engine.backward(shares["total"])
     gradients = {
@@ -104,7 +104,7 @@ def on_gpu(
         if p.requires_grad
     }
     engine.step()
-    after = whole_weights(engine.module, engine)
+    after = whole_weights(engine)
     moved = max(float((after[name] - before[name]).abs().max()) for name in before)
     engine.destroy()
     return {name: float(shares[name].detach()) for name in LOSSES[2]}, gradients, moved

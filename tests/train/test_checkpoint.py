@@ -62,7 +62,10 @@ def saver_of(directory: str) -> Any:
     from langcell.train.trace import Trace
 
     store = Store(open_root(directory), 2)
-    return Saver(store, liveness.clone(liveness.board()), Trace(), Keep(2, False), 0, lambda: None)
+    return Saver(
+        store, liveness.clone(liveness.board()), Trace(), Keep(2, False),
+        token="aaaaaaaa", start=0, before_commit=lambda: None, alive=lambda: None,
+    )  # fmt: skip
 
 
 def straight_and_saved(rank: int, directory: str) -> dict[tuple[str, int], Run]:

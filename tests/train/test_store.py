@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -128,7 +129,7 @@ def test_what_is_damaged_is_passed_over_by_all_ranks(tmp_path: Path) -> None:
     for case, word in {
         "truncated": "bytes",
         "flipped": "hash",
-        "missing": "cannot be read",
+        "missing": "is missing",
         "garbled": "JSON",
     }.items():
         [warning] = ranks[0][case][1]
@@ -171,7 +172,9 @@ def test_a_half_removed_checkpoint_is_none(tmp_path: Path) -> None:
 
 @settings(deadline=None)
 @given(
-    st.lists(st.tuples(st.none() | st.floats(0, 9), st.booleans()), min_size=1, max_size=6),
+    st.lists(
+        st.tuples(st.none() | st.just(math.nan) | st.floats(0, 9), st.booleans()), min_size=1, max_size=6
+    ),
     st.integers(1, 3),
     st.booleans(),
 )
@@ -189,7 +192,11 @@ def test_what_is_kept(
     store.retain(last, ends)
     kept = {record.cursor.step for _, record in store.committed()}
     steps = range(len(saved))
-    scored = [(val_loss, -step) for step, (val_loss, _) in enumerate(saved) if val_loss is not None]
+    scored = [
+        (val_loss, -step)
+        for step, (val_loss, _) in enumerate(saved)
+        if val_loss is not None and val_loss == val_loss
+    ]
     best = {-min(scored)[1]} if scored else set()
     assert kept == set(steps[-last:]) | best | {step for step in steps if ends and saved[step][1]}
     store.retain(last, ends)
@@ -199,6 +206,33 @@ def test_what_is_kept(
 def _empty(store: Store, step: int) -> str:
     store.write(name_of(step), "weights", b"")
     return name_of(step)
+
+
+def test_a_damaged_checkpoint_is_met_once(tmp_path: Path) -> None:
+    """It is none any more: not kept in a whole one's stead, nor removed before somebody looked at it."""
+    store = Store(open_root(str(tmp_path)), 1)
+    for step in (4, 8):
+        made(str(tmp_path), step)
+    store.set_aside(name_of(8))
+    assert [name for name, _ in store.committed()] == [name_of(4)]
+    store.retain(1, False)
+    store.clean()
+    assert store.names() == [name_of(8), name_of(4)]
+    made(str(tmp_path), 8)  # trained again
+    assert [name for name, _ in store.committed()] == [name_of(8), name_of(4)]
+
+
+def test_what_was_given_up_removes_its_own_files_alone(tmp_path: Path) -> None:
+    store = Store(open_root(str(tmp_path)), 1)
+    name = made(str(tmp_path), 4)
+    store.write(name, "weights-00000-of-00002-zombie.safetensors", b"late")
+    store.discard(
+        name, ["weights-00000-of-00002-zombie.safetensors", "weights-00001-of-00002-zombie.safetensors"]
+    )
+    [(_, record)] = store.committed()
+    for shard in record.shards:
+        store.read(name, shard.weights)
+    assert len(list((tmp_path / "checkpoints" / "stage1" / name).iterdir())) == 5
 
 
 def test_a_record_says_what_it_was_told(tmp_path: Path) -> None:
