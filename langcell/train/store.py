@@ -201,9 +201,13 @@ class Store:
 
     def discard(self, name: str, files: list[str]) -> None:
         """Remove files of a checkpoint that was not committed, and nothing that others wrote beside them."""
+        folder = f"{self.folder}/{name}"
         for file in files:
             with contextlib.suppress(OSError):
-                self.root.delete_file(f"{self.folder}/{name}/{file}")
+                self.root.delete_file(f"{folder}/{file}")
+        with contextlib.suppress(OSError):
+            if not self.root.get_file_info(fs.FileSelector(folder)):
+                self.root.delete_dir(folder)
 
     def remove(self, name: str) -> None:
         """Remove a checkpoint, its record first: half of it is none."""
