@@ -23,7 +23,8 @@ CHECK_S = 0.5
 COLLECTIVE_S, GRACE_S = 5.0, 10.0
 """Seconds after the limit when a collective raises by itself (the process group's time-out), and when a
 process whose collective does not is ended."""
-ANSWER_S = 3.0
+PULSE_S, ANSWER_S = 2.0, 4.0
+"""Seconds in which a pulse must have gone on, and in which rank 0 must have answered."""
 EXIT_CODE = 70
 START, DATA, STEP, VALIDATION, EVALUATION, CHECKPOINT = (
     "start",
@@ -59,15 +60,20 @@ class Beat:
         return f"{self.phase} of step {self.step}, on {self.host}"
 
 
-def said(beats: dict[int, Beat | None], limit_s: float, now: float) -> str:
-    """A message that names who is behind. beats: of every rank (None: it said nothing)."""
+def said(
+    beats: dict[int, Beat | None], limit_s: float, now: float, still: frozenset[int] = frozenset()
+) -> str:
+    """A message that names who is behind. beats: of every rank (None: it said nothing); still: ranks whose
+    pulse does not go on, stopped or cut off."""
     silent = [rank for rank, beat in beats.items() if beat is None]
     told = {rank: beat for rank, beat in beats.items() if beat is not None}
     if not told:
         return f"no progress for {limit_s:.0f} s (train.collective_timeout_s): no rank said where it was"
     least = min((beat.step, beat.phase != DATA) for beat in told.values())
     behind = {rank: beat for rank, beat in told.items() if (beat.step, beat.phase != DATA) == least}
-    if len(behind) == len(beats):
+    if still & told.keys():
+        lines = [f"rank {rank} gives no sign of life: {told[rank]}" for rank in sorted(still & told.keys())]
+    elif len(behind) == len(beats):
         oldest = min(behind, key=lambda rank: behind[rank].since)
         lines = [f"all ranks are in the same place; rank {oldest} came there first ({behind[oldest]})"]
     else:
@@ -90,19 +96,21 @@ class Liveness:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.message: str | None = None
         """What was said when it took too long."""
-        self._own, self._watching = clone(board), clone(board)
+        self._own, self._watching, self._beating = clone(board), clone(board), clone(board)
         self._limit_s, self._host = limit_s, host
         self._since = time.monotonic()
         self._stop = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._threads = [threading.Thread(target=work, daemon=True) for work in (self._watch, self._beat)]
 
     def __enter__(self) -> Liveness:
-        self._thread.start()
+        for thread in self._threads:
+            thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._stop.set()
-        self._thread.join()
+        for thread in self._threads:
+            thread.join(ANSWER_S)
 
     def at(self, step: int, phase: str) -> None:
         """This rank begins a phase of a step. An evaluation may take as long as it takes: there all do the
@@ -114,6 +122,14 @@ class Liveness:
         """A long phase goes on: what it does in parts may take so long each."""
         if self._since != math.inf:
             self._since = time.monotonic()
+
+    def _beat(self) -> None:
+        """A pulse that goes on whatever the training thread waits for."""
+        count = 0
+        with contextlib.suppress(RuntimeError, OSError):  # the store is gone, and rank 0 with it
+            while not self._stop.wait(CHECK_S):
+                count += 1
+                self._beating.set(f"pulse/{self.rank}", str(count))
 
     def _watch(self) -> None:
         while not self._stop.wait(CHECK_S):
@@ -130,21 +146,30 @@ class Liveness:
 
     def _ask(self) -> str:
         """Who is behind. Rank 0 may be: its store then answers nobody, not even with an error."""
-        found: list[dict[int, Beat | None]] = []
+        found: list[tuple[dict[int, Beat | None], frozenset[int]]] = []
 
         def ask() -> None:
             with contextlib.suppress(RuntimeError, OSError):
-                found.append(self._beats())
+                before = self._pulses()
+                time.sleep(PULSE_S)
+                after = self._pulses()
+                still = {r for r in range(self.ranks) if before[r] == after[r]} - {self.rank}
+                found.append((self._beats(), frozenset(still)))
 
         asking = threading.Thread(target=ask, daemon=True)
         asking.start()
         asking.join(ANSWER_S)
         if found:
-            return said(found[0], self._limit_s, time.time())
+            beats, still = found[0]
+            return said(beats, self._limit_s, time.time(), still)
         return (
             f"no progress for {self._limit_s:.0f} s (train.collective_timeout_s): rank 0 is behind or cut "
             f"off: it keeps the others' word, and does not answer in {ANSWER_S:.0f} s"
         )
+
+    def _pulses(self) -> list[bytes]:
+        keys = [f"pulse/{rank}" for rank in range(self.ranks)]
+        return [self._watching.get(key) if self._watching.check([key]) else b"" for key in keys]
 
     def _beats(self) -> dict[int, Beat | None]:
         beats: dict[int, Beat | None] = {}

@@ -65,7 +65,7 @@ def test_killed_while_a_checkpoint_is_written(straight: Straight, tiny: Tiny, tm
     draw, run_dir, killed = random.Random(7), tmp_path / "run", []
 
     def kill(done: threading.Event) -> None:
-        while len(killed) < 3 and not done.wait(0.0005):
+        while len(killed) < 2 and not done.wait(0.0005):
             for folder in run_dir.glob("checkpoints/stage*/step-*"):
                 if folder.name not in killed and not (folder / "checkpoint.json").exists() and kill_one(draw):
                     killed.append(folder.name)
@@ -74,7 +74,7 @@ def test_killed_while_a_checkpoint_is_written(straight: Straight, tiny: Tiny, tm
 
     with watched(kill):
         trained = train(tiny, run_dir, max_failures=4)
-    assert len(killed) == 3
+    assert len(killed) == 2
     same(run_dir, straight, trained)
 
 
@@ -104,4 +104,6 @@ def test_a_stopped_worker_is_named_and_replaced(straight: Straight, tiny: Tiny, 
     same(run_dir, straight, trained)
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())
     said = "".join(log.read_text(errors="replace") for log in logs.glob("worker-*.err"))
-    assert re.search(r"rank (\d): no progress for 10 s .*: rank (?!\1)\d is behind: .* of step \d+, on", said)
+    assert re.search(
+        r"rank (\d): no progress for 10 s .*: rank (?!\1)\d gives no sign of life: .* of step \d+, on", said
+    )

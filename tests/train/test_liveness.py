@@ -42,15 +42,23 @@ def test_who_is_behind(beats: list[Beat | None], words: list[str]) -> None:
         assert word in message
 
 
+def test_a_rank_without_a_pulse_is_named_first() -> None:
+    """Where it stands says nothing: it stopped in the very step that the others are at."""
+    beats: dict[int, Beat | None] = {0: beat(8, STEP), 1: beat(8, STEP), 2: beat(7, STEP)}
+    message = said(beats, 60, NOW, frozenset({1}))
+    assert "rank 1 gives no sign of life: step of step 8, on 10.0.0.7" in message
+    assert "behind" not in message
+
+
 def waiting(rank: int) -> str | None:
-    """Rank 1 gets no data for two seconds and a half; rank 0 waits for it."""
+    """Rank 1 gets no data for five seconds; rank 0 waits for it."""
     from langcell.train.liveness import Liveness, board
 
     with Liveness(board(), 1.0, f"host-{rank}") as liveness:
         liveness.at(4, DATA)
         if rank == 0:
             liveness.at(4, STEP)
-        time.sleep(2.5)
+        time.sleep(5.0)
         return liveness.message
 
 
