@@ -113,12 +113,10 @@ class Straight:
     trained: Trained
 
 
-def train(tiny: Tiny, run_dir: Path, evaluate: Any = None, **options: Any) -> Trained:
-    """Both stages, in the Ray that this process is connected to. evaluate: called at stage 2's epoch ends."""
-    if evaluate is not None:
-        options["evaluate_epochs"] = 1
+def train(tiny: Tiny, run_dir: Path, **options: Any) -> Trained:
+    """Both stages, in the Ray that this process is connected to."""
     first, second = tiny.tasks(run_dir, **options)
-    return fit(replace(second, init=fit(first).name, evaluate=evaluate))
+    return fit(replace(second, init=fit(first).name))
 
 
 def same(run_dir: Path, straight: Straight, trained: Trained | None = None) -> None:

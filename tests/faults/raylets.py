@@ -1,9 +1,8 @@
-"""A cluster of three raylets on this machine that loses one with training workers, and is given another.
+"""A cluster of three raylets on this machine that loses one with training workers.
 
-`raylets.py RUN_DIR FOLDER OPTIONS STEP HOW BACK`: trains as `driver.py` does; at step STEP a raylet under
-which a worker runs is killed (HOW is `kill`), or Ray is told that it will be taken away, as a spot node is,
-and it is once stage 2 has a checkpoint (`drain`). Where BACK is not 0 a new one joins at step BACK, and the
-epoch's end takes half a minute.
+`raylets.py RUN_DIR FOLDER OPTIONS STEP HOW`: trains as `driver.py` does; at step STEP a raylet under which a
+worker runs is killed (HOW is `kill`), or Ray is told that it will be taken away, as a spot node is, and it is
+once stage 2 has a checkpoint (`drain`).
 """
 
 import json
@@ -46,26 +45,15 @@ def drain(address: str, node_id: str) -> None:
     print("a node is drained", flush=True)
 
 
-class Doze:
-    """As an evaluation: time in which a node may come back, at an epoch's end."""
-
-    def __call__(self, _: object) -> dict[str, float]:
-        time.sleep(30)
-        return {}
-
-
 def main() -> None:
-    run_dir, folder, options, step, how, back = sys.argv[1:]
+    run_dir, folder, options, step, how = sys.argv[1:]
     cluster = Cluster(initialize_head=True, head_node_args=HEAD)
     nodes = [cluster.add_node(**TRAINER) for _ in range(2)]
     ray.init(address=cluster.address, logging_level="WARNING")
 
-    def wait_for(step: str, done: threading.Event) -> None:
+    def disturb(done: threading.Event) -> None:
         while last_step(Path(run_dir)) < int(step) and not done.is_set():
             done.wait(0.02)
-
-    def disturb(done: threading.Event) -> None:
-        wait_for(step, done)
         lost = next(node for node in nodes if trains(node))
         (raylet,) = lost.all_processes["raylet"]
         if how == "drain":
@@ -74,13 +62,9 @@ def main() -> None:
                 done.wait(0.02)
         raylet.process.kill()
         print("a raylet is killed", flush=True)
-        if int(back):
-            wait_for(back, done)
-            cluster.add_node(**TRAINER)
 
     with watched(disturb):
-        evaluate = Doze() if int(back) else None
-        train(Tiny(Path(folder)), Path(run_dir), evaluate, **json.loads(options))
+        train(Tiny(Path(folder)), Path(run_dir), **json.loads(options))
     print("trained", flush=True)
     ray.shutdown()
     cluster.shutdown()

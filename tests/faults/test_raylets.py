@@ -27,13 +27,11 @@ HEALTH = {
 """A node is given up after seconds instead of a minute."""
 
 
-def lose_a_raylet(
-    tiny: Tiny, run_dir: Path, step: int, *, how: str = "kill", back: int = 0, **options: Any
-) -> None:
+def lose_a_raylet(tiny: Tiny, run_dir: Path, step: int, *, how: str = "kill", **options: Any) -> None:
     command = [sys.executable, "-m", "tests.faults.raylets", str(run_dir), str(tiny.folder)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     done = subprocess.run(
-        [*command, json.dumps({"cpus_per_worker": 0.5, **options}), str(step), how, str(back)],
+        [*command, json.dumps({"cpus_per_worker": 0.5, **options}), str(step), how],
         cwd=ROOT,
         env=environment | HEALTH | {"RAY_AUTH_MODE": "disabled"},
         capture_output=True,
@@ -54,17 +52,15 @@ def test_workers_move_to_another_node(straight: Straight, tiny: Tiny, tmp_path: 
 
 
 @pytest.mark.slow
-def test_fewer_workers_go_on_and_more_come_back(straight: Straight, tiny: Tiny, tmp_path: Path) -> None:
-    """One worker a node: with one node left one worker takes all four lanes, and two when there is a new
-    node."""
+def test_fewer_workers_go_on(straight: Straight, tiny: Tiny, tmp_path: Path) -> None:
+    """One worker a node: with one node left one worker takes all four lanes."""
     run_dir = tmp_path / "run"
     elastic = {"min_workers": 1, "resize_s": 1.0, "worker_resources": {"trainer": 2}}
-    lose_a_raylet(tiny, run_dir, 10, back=24, **elastic)
+    lose_a_raylet(tiny, run_dir, 10, **elastic)
     tiny.assert_once(run_dir)
     assert tiny.seen(run_dir).equals(tiny.seen(straight.run_dir))
     for ours, theirs in zip(tiny.losses(run_dir), tiny.losses(straight.run_dir), strict=True):
         assert ours[:-1] == pytest.approx(theirs[:-1], rel=1e-5)
-    assert len(tiny.recoveries(run_dir)) >= 2, "it did not grow back"
 
 
 @pytest.mark.slow
