@@ -31,7 +31,7 @@ def test_overrides_follow_the_preset() -> None:
 def test_a_value_out_of_range_is_named(key: str) -> None:
     least, _ = BOUNDS[key]
     with pytest.raises(InputError, match=re.escape(f"--{key} is ")):
-        parse("", CONFIGS / "demo.yaml", [f"--{key}={-1 if least == 0 else 0}"])
+        parse("", CONFIGS / "demo.yaml", [f"--{key}={0 if least > 0 else int(least) - 1}"])
 
 
 @pytest.mark.parametrize(
