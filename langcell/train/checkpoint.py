@@ -145,18 +145,22 @@ def find(store: Store, device: torch.device) -> Held | None:
     """
     names: list[Any] = [store.names() if dist.get_rank() == 0 else None]
     dist.broadcast_object_list(names, 0)
-    damaged = False
+    damaged: list[str] = []
     for name in names[0]:
         try:
-            return hold(store, name, ("weights", "optimizer"), device)
+            held = hold(store, name, ("weights", "optimizer"), device)
         except FileNotFoundError:
             continue  # never committed
         except DamagedError as error:
-            damaged = True
+            damaged.append(name)
             if dist.get_rank() == 0:
                 log.warning("checkpoint %s is passed over, it is damaged: %s", name, error)
+        else:
+            # Not before: where none is whole, the next start must say so too, and not begin anew.
+            for name in damaged if dist.get_rank() == 0 else ():
                 with contextlib.suppress(OSError):
                     store.set_aside(name)
+            return held
     if damaged:
         raise DamagedError(
             f"no checkpoint in {store.folder} of the run directory is whole; restore one, or delete the "
