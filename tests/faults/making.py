@@ -39,6 +39,17 @@ TINY = {
     "train.collective_timeout_s": "60",
     "train.deterministic": "true",
 }
+HEALTH = {
+    "RAY_health_check_initial_delay_ms": "1000",
+    "RAY_health_check_period_ms": "1000",
+    "RAY_health_check_timeout_ms": "4000",
+    "RAY_health_check_failure_threshold": "3",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
+    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
+    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",
+}
+"""A node is given up after seconds instead of a minute."""
 STEPS, EPOCH = 69, 23
 LOSSES = ("mgm", "cc", "ct", "ctm", "grad_norm")
 

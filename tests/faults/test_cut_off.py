@@ -11,21 +11,10 @@ from pathlib import Path
 import pytest
 
 from tests.faults.hosts import Resources, three_hosts
-from tests.faults.making import Straight, Tiny, last_step
+from tests.faults.making import HEALTH, Straight, Tiny, last_step
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[2]
-HEALTH = {
-    # A host is given up after 15 s without a word; by default after 60.
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "4000",
-    "RAY_health_check_failure_threshold": "3",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",
-    "PYTHONPATH": str(ROOT),
-}
 HOSTS = (Resources(2), Resources(1, {"trainer": 1}), Resources(1, {"trainer": 1}))
 OPTIONS = {
     "num_workers": 2,
@@ -51,7 +40,7 @@ def test_a_host_is_cut_off(straight: Straight, tiny: Tiny, tmp_path: Path, secon
         str(tiny.folder),
         json.dumps(OPTIONS),
     ]
-    with three_hosts(HOSTS, environment=HEALTH) as net, log.open("wb") as said:
+    with three_hosts(HOSTS, environment={**HEALTH, "PYTHONPATH": str(ROOT)}) as net, log.open("wb") as said:
         job = net.run(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
         wait_for_step(job, run_dir, 12, log)
         net.cut(2)

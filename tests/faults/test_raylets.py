@@ -11,20 +11,9 @@ from typing import Any
 
 import pytest
 
-from tests.faults.making import Straight, Tiny, same
+from tests.faults.making import HEALTH, Straight, Tiny, same
 
 ROOT = Path(__file__).parents[2]
-HEALTH = {
-    "RAY_health_check_initial_delay_ms": "1000",
-    "RAY_health_check_period_ms": "1000",
-    "RAY_health_check_timeout_ms": "4000",
-    "RAY_health_check_failure_threshold": "3",
-    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "20",
-    "RAY_TRAIN_PREEMPTION_POLL_INTERVAL_S": "1",
-    "TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S": "2",
-}
-"""A node is given up after seconds instead of a minute."""
 
 
 def lose_a_raylet(tiny: Tiny, run_dir: Path, step: int, *, how: str = "kill", **options: Any) -> None:
