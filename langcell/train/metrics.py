@@ -10,6 +10,7 @@ of `GAUGES`.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import threading
@@ -78,6 +79,8 @@ class Metrics:
                     self._lines = []
                 except OSError as error:
                     print(f"{METRICS}: {error}; the row waits for the next", flush=True)
+                    if self._lines[0] != b"\n":
+                        self._lines.insert(0, b"\n")  # ends what was written of it
         for name, gauge in self._gauges.items():
             if whole[name] is not None:
                 gauge.set(whole[name])
@@ -121,12 +124,16 @@ def _line(row: dict[str, Any]) -> bytes:
 
 
 def read(root: fs.FileSystem, name: str) -> list[dict[str, Any]]:
-    """All rows of a .jsonl file; a line that a crash left half-written is passed over."""
+    """All rows of a .jsonl file; a line that a crash or a full disk left half-written is passed over."""
     try:
         lines = read_file(root, name).decode(errors="replace").split("\n")
     except FileNotFoundError:
         return []
-    return [json.loads(line) for line in lines[:-1]]
+    rows = []
+    for line in lines[:-1]:
+        with contextlib.suppress(json.JSONDecodeError):
+            rows.append(json.loads(line))
+    return rows
 
 
 def cut_back(root: fs.FileSystem, stage: int, first_step: int) -> list[dict[str, Any]]:

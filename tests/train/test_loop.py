@@ -29,6 +29,13 @@ def test_zero_3_trains_validates_and_checkpoints(tiny: Tiny, tmp_path: Path) -> 
         assert weights[3][name].shape == tensor.shape, name
 
 
+def test_half_a_row_spoils_no_other(tmp_path: Path) -> None:
+    """What a full disk took of a row, and the row again after it."""
+    root = open_root(str(tmp_path))
+    write_file(root, metrics.METRICS, b'{"step": 0}\n{"step": 1, "ti\n{"step": 1}\n{"step": 2')
+    assert [row["step"] for row in metrics.read(root, metrics.METRICS)] == [0, 1]
+
+
 def test_metrics_are_cut_back_and_the_cut_is_counted(tmp_path: Path) -> None:
     root = open_root(str(tmp_path))
     text = "".join(f'{{"step": {i}, "stage": 2, "time": {100 + i}}}\n' for i in range(5)) + '{"step": 5, "ti'
