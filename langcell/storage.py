@@ -23,6 +23,9 @@ from pyarrow import fs
 
 from langcell.errors import InputError, refuse_secrets
 
+HALF = ".tmp"
+"""How the name of a file ends that is not whole."""
+
 
 def absolute(uri: str) -> str:
     """The folder `uri` by a name that holds in every process: workers have other working folders."""
@@ -47,7 +50,7 @@ def open_root(uri: str, option: str = "corpus.dir") -> fs.FileSystem:
 
 def write_file(root: fs.FileSystem, name: str, data: bytes | pa.Buffer) -> None:
     """Write `data` as `name`, atomically (an existing file is replaced). Its folder must exist."""
-    temporary = f"{name}.{uuid.uuid4().hex}.tmp"
+    temporary = f"{name}.{uuid.uuid4().hex}{HALF}"
     try:
         with root.open_output_stream(temporary) as stream:
             stream.write(data)
@@ -56,6 +59,14 @@ def write_file(root: fs.FileSystem, name: str, data: bytes | pa.Buffer) -> None:
         with contextlib.suppress(OSError):
             root.delete_file(temporary)  # on a disk that is full it would take room for good
         raise
+
+
+def remove_halves(root: fs.FileSystem, folder: str) -> None:
+    """Remove what writers that died have left in `folder` (not below it); other writers' work fails there."""
+    for info in root.get_file_info(fs.FileSelector(folder, allow_not_found=True)):
+        if info.path.endswith(HALF):
+            with contextlib.suppress(FileNotFoundError):
+                root.delete_file(info.path)
 
 
 def read_file(root: fs.FileSystem, name: str) -> bytes:

@@ -209,7 +209,11 @@ def training_summary(
             max((r["skipped"] for r in rows if r["stage"] == task.stage), default=0) for task in tasks
         ),
         "steps_replayed": sum(r["steps_replayed"] for r in recoveries),
-        "recoveries_s": [began[r["step"]] - r["stopped"] for r in recoveries if r["step"] in began],
+        "recoveries_s": [
+            (r["resumed"] if "resumed" in r else began[r["step"]]) - r["stopped"]
+            for r in recoveries
+            if "resumed" in r or r["step"] in began
+        ],
     }
 
 

@@ -1,8 +1,9 @@
 """Being told to stop: SIGTERM (a preempted node, `ray job stop`) and ctrl-C.
 
 While workers train they are given the notice, commit a checkpoint after the step they are at, and end; at any
-other time the job ends where it is, for whatever is finished is kept. Both end with exit code 75: the same
-command with `--run.resume auto` goes on. A second signal ends the job at once.
+other time, also where workers wait for nodes, the job ends where it is, for whatever is finished is kept.
+Both end with exit code 75: the same command with `--run.resume auto` goes on. A second signal ends the job at
+once.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ class Stopping:
     """What a signal does now. `install` it in the main thread; elsewhere signals do what they did."""
 
     def __init__(self) -> None:
-        self._notify: Callable[[], None] | None = None
+        self._notify: Callable[[], bool] | None = None
         self._told = False
 
     @contextmanager
@@ -41,8 +42,9 @@ class Stopping:
             for number, handler in before.items():
                 signal.signal(number, handler)
 
-    def attend(self, work: Callable[[], T], notify: Callable[[], None]) -> T:
-        """Run `work` in a thread of its own; at the first signal call `notify` and go on waiting for it."""
+    def attend(self, work: Callable[[], T], notify: Callable[[], bool]) -> T:
+        """Run `work` in a thread of its own; at the first signal call `notify`, and go on waiting where
+        somebody heard it."""
         done: Future[T] = Future()
 
         def run() -> None:
@@ -63,8 +65,9 @@ class Stopping:
         if self._notify is None or self._told:
             raise Interrupted(f"ended by {name}")
         self._told = True
+        if not self._notify():
+            raise Interrupted(f"ended by {name}; no worker trains just now, what was committed stands")
         print(
             f"{name}: a checkpoint is made after this step, then the job ends; again: it ends at once",
             flush=True,
         )
-        self._notify()

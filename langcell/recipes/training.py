@@ -22,7 +22,7 @@ from langcell.storage import open_root
 from langcell.train.checkpoint import check_plan, read_weights
 from langcell.train.liveness import COLLECTIVE_S
 from langcell.train.loop import run_stage
-from langcell.train.notice import make_notice
+from langcell.train.notice import SaveBeforeResize, make_notice
 from langcell.train.options import TrainOptions
 from langcell.train.store import DamagedError, Record, Store
 from langcell.train.task import Outcome, StageTask
@@ -135,10 +135,11 @@ def _train(task: StageTask, stopping: Stopping) -> Outcome:
                 name=f"stage{task.stage}",
                 storage_path=ray_dir,
                 failure_config=FailureConfig(max_failures=options.max_failures),
+                callbacks=[SaveBeforeResize(notice)],  # type: ignore[list-item]
             ),
         )
         try:
-            result = stopping.attend(trainer.fit, lambda: ray.get(notice.give.remote()))
+            result = stopping.attend(trainer.fit, lambda: ray.get(notice.stop.remote()))
         except TrainingFailedError as error:
             raise RunError(
                 f"stage {task.stage}: workers failed more than train.max_failures ({options.max_failures}) "

@@ -32,7 +32,7 @@ from langcell.corpus.stream import Position, stream
 from langcell.errors import InputError
 from langcell.model.flops import Work, mfu, peak_flops, step_flops
 from langcell.objective.stages import LOSSES
-from langcell.storage import open_root, read_file, write_file
+from langcell.storage import open_root, read_file, remove_halves, write_file
 from langcell.train import liveness as live
 from langcell.train import trace
 from langcell.train.guard import Guard
@@ -108,6 +108,7 @@ class _Worker:
         )
         self._asks = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0"
         self._asked = self._saved = time.monotonic()
+        self._saved_at = cursor.global_step
         self._warned_of: tuple[str, ...] = ()
         cuda = self.device.type == "cuda"
         self._peak = peak_flops(torch.cuda.get_device_name(self.device)) if cuda else None
@@ -134,6 +135,8 @@ class _Worker:
                 bar.close()
             if self.metrics is not None:
                 self.metrics.close()
+            if self.listener is not None:
+                self.listener.close()
         raise AssertionError("the last step has an outcome")
 
     def _steps(self) -> Iterator[Outcome | None]:
@@ -216,15 +219,17 @@ class _Worker:
             return Outcome("failed", self._say_skipped(step))
         stops = "stop" in told.flags
         milestone = ends_epoch and (last or (position.epoch + 1) % task.train.checkpoint_epochs == 0)
-        if last or stops or self._is_drained(told):
+        if last or stops or "save" in told.flags or self._is_drained(told):
             if not self._save_now(step, val, ends_epoch):
                 return self._give_up()
+            if self.listener is not None:
+                self.listener.saved()
             return Outcome("finished") if last else Outcome("stopped") if stops else None
         if (milestone or "due" in told.flags) and (milestone or "busy" not in told.flags):
             if milestone:
                 self.saver.wait(self.device)
             self.saver.save(self.engine, self._cursor(step), val.get("val_loss"), ends_epoch=ends_epoch)
-            self._saved = time.monotonic()
+            self._saved, self._saved_at = time.monotonic(), step + 1
         return None
 
     def _flags(self, step: int) -> frozenset[str]:
@@ -233,11 +238,10 @@ class _Worker:
         flags = {"busy"} if self.saver.busy else set()
         if self.rank == 0:
             by_time = 0 < options.checkpoint_minutes * 60 <= now - self._saved
-            by_steps = (
-                options.checkpoint_steps and (step + 1 - self.task.first_step) % options.checkpoint_steps == 0
-            )
+            every, first = options.checkpoint_steps, self.task.first_step
+            by_steps = every and (step + 1 - first) // every > (self._saved_at - first) // every
             flags |= {"due"} if by_time or by_steps else set()
-            flags |= {"stop"} if self.listener is not None and self.listener.heard else set()
+            flags |= self.listener.heard if self.listener is not None else set()
             flags |= {"give_up"} if self.saver.hopeless or self.saver.taken_over else set()
             if self._asks and now - self._asked > ASK_S:
                 self._asked = now
@@ -266,7 +270,7 @@ class _Worker:
         )
 
     def _save_now(self, step: int, val: dict[str, float], ends_epoch: bool) -> bool:
-        self._saved = time.monotonic()
+        self._saved, self._saved_at = time.monotonic(), step + 1
         return self.saver.save_now(
             self.device, self.engine, self._cursor(step), val.get("val_loss"), ends_epoch=ends_epoch
         )
@@ -296,6 +300,8 @@ class _Worker:
     def _begin(self, step: int) -> None:
         """Cut the records back to the cursor, and listen."""
         task = self.task
+        for folder in ("", trace.folder_of(task.stage), "skipped"):
+            remove_halves(self.root, folder)
         trace.cut_back(self.root, task.stage, step)
         self.metrics = Metrics(self.root, task.name, task.stage, step)
         self.listener = Listener(task.notice) if task.notice is not None else None

@@ -139,7 +139,9 @@ def read(root: fs.FileSystem, name: str) -> list[dict[str, Any]]:
 def cut_back(root: fs.FileSystem, stage: int, first_step: int) -> list[dict[str, Any]]:
     """Drop a stage's rows from global step `first_step` on, atomically, and note the recovery; what is left.
 
-    Rows of the other stage stay. A stage that begins has no rows, and nothing is noted.
+    Rows of the other stage stay. A stage that begins has no rows, and nothing is noted. A recovery: the step
+    gone on from, how many steps that trains again, and when (s since 1970) the last step before it stopped
+    and, once the next one is noted, when its own first step resumed.
     """
     rows = read(root, METRICS)
     kept = [row for row in rows if row["stage"] != stage or row["step"] < first_step]
@@ -151,6 +153,13 @@ def cut_back(root: fs.FileSystem, stage: int, first_step: int) -> list[dict[str,
             "steps_replayed": len(rows) - len(kept),
             "stopped": max(row["time"] for row in before),
         }
-        noted = [*read(root, RECOVERIES), recovery]
-        write_file(root, RECOVERIES, b"".join(map(_line, noted)))
+        noted = read(root, RECOVERIES)
+        if noted:
+            last, again = noted[-1], [row["time"] for row in rows if row["step"] == noted[-1]["step"]]
+            if again:
+                last.setdefault("resumed", again[0])
+            elif "resumed" not in last:  # it came to no step: still the same interruption
+                recovery["steps_replayed"] += last["steps_replayed"]
+                recovery["stopped"] = noted.pop()["stopped"]
+        write_file(root, RECOVERIES, b"".join(map(_line, [*noted, recovery])))
     return kept

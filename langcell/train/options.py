@@ -13,7 +13,7 @@ class TrainOptions:
     min_workers: int | None = None
     """Least workers that a stage goes on with when nodes are lost (processes); it grows back to `num_workers` when they return. The batches stay the same. None: `num_workers`, and it waits for them."""
     resize_s: float = 60.0
-    """Seconds between looks whether the cluster has room for more workers, where `min_workers` is given (s). Growing restarts the workers from the last checkpoint."""
+    """Seconds between looks whether the cluster has room for more workers, where `min_workers` is given (s). Growing restarts the workers, from a checkpoint that they commit first."""
     gpus: bool | None = None
     """Whether each worker takes one GPU. None: if PyTorch is a CUDA build and the cluster has as many GPUs as workers (one that scaled to zero has none yet)."""
     cpus_per_worker: float = 1.0

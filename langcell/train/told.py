@@ -18,9 +18,9 @@ from torch import Tensor
 from langcell.model.flops import Work
 from langcell.objective.lanes import Lanes
 
-FLAGS = ("stop", "due", "busy", "give_up", "ask")
-"""Stop on notice; a checkpoint is due; a rank still writes the last one; the run cannot be saved, or is not
-ours any more; ask Ray whether a node is about to be taken away."""
+FLAGS = ("stop", "save", "due", "busy", "give_up", "ask")
+"""Stop on notice; save at once, on notice; a checkpoint is due; a rank still writes the last one; the run
+cannot be saved, or is not ours any more; ask Ray whether a node is about to be taken away."""
 
 
 @dataclass(frozen=True)

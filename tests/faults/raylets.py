@@ -1,15 +1,21 @@
-"""A cluster of three raylets on this machine that loses one with training workers.
+"""A cluster of three raylets on this machine that loses one.
 
-`raylets.py RUN_DIR FOLDER OPTIONS STEP HOW`: trains as `driver.py` does; at step STEP a raylet under which a
-worker runs is killed (HOW is `kill`), or Ray is told that it will be taken away, as a spot node is, and it is
-once stage 2 has a checkpoint (`drain`).
+`raylets.py RUN_DIR FOLDER OPTIONS STEP HOW`: trains as `driver.py` does; at step STEP, by HOW,
+
+- kill: a raylet under which a worker runs is killed, and with it its workers;
+- return: the same, and once the run goes on another node joins;
+- drain: Ray is told that such a node will be taken away, as a spot node is, and it is once stage 2 has a
+  checkpoint;
+- head: the node of head, controller and driver is lost; the others live on, their pids are printed.
 """
 
 import json
 import os
+import subprocess
 import sys
-import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +25,22 @@ from ray._raylet import GcsClient
 from ray.cluster_utils import Cluster
 from ray.core.generated.autoscaler_pb2 import DrainNodeReason
 
-from tests.faults.making import Tiny, last_step, train, watched
+from tests.faults.making import Tiny, last_step, train
 
 HEAD = {"num_cpus": 2, "object_store_memory": 128 << 20, "include_dashboard": False}
 GRACE_S = 60.0
 TRAINER = {"num_cpus": 2, "resources": {"trainer": 2}, "object_store_memory": 128 << 20}
 
 
+def raylet_of(node: Any) -> subprocess.Popen[bytes]:
+    (raylet,) = node.all_processes["raylet"]
+    process: subprocess.Popen[bytes] = raylet.process
+    return process
+
+
 def trains(node: Any) -> bool:
     """Whether a training worker runs under the node's raylet."""
-    (raylet,) = node.all_processes["raylet"]
-    family = psutil.Process(raylet.process.pid).children(recursive=True)
+    family = psutil.Process(raylet_of(node).pid).children(recursive=True)
     return any("RayTrainWorker" in " ".join(process.cmdline()) for process in family)
 
 
@@ -47,24 +58,36 @@ def drain(address: str, node_id: str) -> None:
 
 def main() -> None:
     run_dir, folder, options, step, how = sys.argv[1:]
+    run = Path(run_dir)
     cluster = Cluster(initialize_head=True, head_node_args=HEAD)
     nodes = [cluster.add_node(**TRAINER) for _ in range(2)]
     ray.init(address=cluster.address, logging_level="WARNING")
 
-    def disturb(done: threading.Event) -> None:
-        while last_step(Path(run_dir)) < int(step) and not done.is_set():
-            done.wait(0.02)
+    # Nodes join from the main thread alone.
+    with ThreadPoolExecutor(1) as pool:
+        trained = pool.submit(train, Tiny(Path(folder)), run, **json.loads(options))
+
+        def wait_until(true: Callable[[], Any]) -> None:
+            while not trained.done() and not true():
+                time.sleep(0.02)
+
+        wait_until(lambda: last_step(run) >= int(step))
+        if how == "head":
+            print("alive:", *(raylet_of(node).pid for node in nodes), flush=True)
+            for processes in cluster.head_node.all_processes.values():
+                for process in processes:
+                    process.process.kill()
+            os._exit(9)
         lost = next(node for node in nodes if trains(node))
-        (raylet,) = lost.all_processes["raylet"]
         if how == "drain":
             drain(cluster.address, lost.node_id)
-            while not list(Path(run_dir).glob("checkpoints/stage2/*/checkpoint.json")) and not done.is_set():
-                done.wait(0.02)
-        raylet.process.kill()
+            wait_until(lambda: list(run.glob("checkpoints/stage2/*/checkpoint.json")))
+        raylet_of(lost).kill()
         print("a raylet is killed", flush=True)
-
-    with watched(disturb):
-        train(Tiny(Path(folder)), Path(run_dir), **json.loads(options))
+        if how == "return":
+            wait_until(lambda: Tiny.recoveries(run))
+            cluster.add_node(**TRAINER)
+        trained.result()
     print("trained", flush=True)
     ray.shutdown()
     cluster.shutdown()

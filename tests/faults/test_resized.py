@@ -25,7 +25,7 @@ class StopAt(Stopping):
         super().__init__()
         self.run_dir, self.step = run_dir, step
 
-    def attend(self, work: Callable[[], T], notify: Callable[[], None]) -> T:
+    def attend(self, work: Callable[[], T], notify: Callable[[], bool]) -> T:
         def give(done: threading.Event) -> None:
             while not done.wait(0.01):
                 if last_step(self.run_dir) >= self.step:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,9 @@ import requests
 import torch
 
 from langcell.bench.ranks import run_ranks
+from langcell.errors import RunError
 from langcell.storage import open_root
+from tests.faults.making import Straight, Tiny, last_step, same, train, watched
 from tests.s3server import CONTROL, ENVIRONMENT, Fault, s3_server
 
 MIB = 1 << 20
@@ -29,9 +32,11 @@ class FullDisk:
         self.uri, self._ballast = place, Path(place) / "ballast"
 
     def spoil(self) -> None:
-        with contextlib.suppress(OSError), self._ballast.open("wb") as file:
-            while True:
-                file.write(b"0" * 4096)
+        with self._ballast.open("wb", buffering=0) as file:
+            for block in (MIB, 4096):
+                with contextlib.suppress(OSError):
+                    while True:
+                        file.write(b"0" * block)
 
     def mend(self) -> None:
         self._ballast.unlink()
@@ -122,11 +127,11 @@ def check(ranks: list[dict[str, Any]], word: str) -> None:
 
 
 @pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[str]:
-    """A file system of one MiB, or a skip where none can be mounted."""
-    place = tmp_path / "disk"
+def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
+    """A file system of one MiB, or as many as asked for, or a skip where none can be mounted."""
+    place, size = tmp_path / "disk", getattr(request, "param", 1) * MIB
     place.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", f"size={MIB}", "langcell-test", str(place)]
+    command = ["mount", "-t", "tmpfs", "-o", f"size={size}", "langcell-test", str(place)]
     if os.geteuid() or subprocess.run(command, capture_output=True, check=False).returncode:
         pytest.skip("a small file system can only be mounted by root")
     try:
@@ -143,3 +148,23 @@ def test_a_bucket_that_refuses() -> None:
     with s3_server() as server:
         server.client.create_bucket(Bucket="runs")
         check(run_ranks(saved, 2, Refusing(server.url, server.uri("runs/one"))), "rank 0: OSError: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("small_disk", [800], indirect=True)
+def test_a_run_ends_on_a_full_disk_and_goes_on(straight: Straight, tiny: Tiny, small_disk: str) -> None:
+    """It says why after three checkpoints in vain; with room again it goes on from what was committed."""
+    disk, run_dir = FullDisk(small_disk), Path(small_disk, "run")
+
+    def fill(done: threading.Event) -> None:
+        while last_step(run_dir) < 8 and not done.wait(0.01):
+            pass
+        disk.spoil()
+
+    with watched(fill), pytest.raises(RunError, match=r"checkpoints cannot be written .* No space left"):
+        train(tiny, run_dir)
+    disk.mend()
+    trained = train(tiny, run_dir)
+    same(run_dir, straight, trained)
+    [recovery] = tiny.recoveries(run_dir)
+    assert recovery["step"] >= 4, "what was committed is lost"

@@ -46,5 +46,11 @@ def test_metrics_are_cut_back_and_the_cut_is_counted(tmp_path: Path) -> None:
     assert [row["step"] for row in metrics.cut_back(root, 2, 3)] == [0, 1, 2]
     assert [row["step"] for row in metrics.read(root, metrics.METRICS)] == [0, 1, 2]
     assert metrics.read(root, metrics.RECOVERIES) == [{"step": 3, "steps_replayed": 2, "stopped": 104}]
+    metrics.cut_back(root, 2, 2)  # it came to no step, and went back further: one interruption
+    assert metrics.read(root, metrics.RECOVERIES) == [{"step": 2, "steps_replayed": 3, "stopped": 104}]
+    with (tmp_path / metrics.METRICS).open("a") as file:
+        file.write('{"step": 2, "stage": 2, "time": 200}\n')
     metrics.cut_back(root, 2, 3)  # stopped with nothing lost: a recovery all the same
-    assert metrics.read(root, metrics.RECOVERIES)[1:] == [{"step": 3, "steps_replayed": 0, "stopped": 102}]
+    first, second = metrics.read(root, metrics.RECOVERIES)
+    assert first == {"step": 2, "steps_replayed": 3, "stopped": 104, "resumed": 200}
+    assert second == {"step": 3, "steps_replayed": 0, "stopped": 200}
