@@ -137,10 +137,15 @@ class Store:
         self.folder = f"checkpoints/stage{stage}"
 
     def names(self) -> list[str]:
-        """Every folder of a checkpoint, whole or not, the newest first."""
-        selector = fs.FileSelector(self.folder, allow_not_found=True)
-        found = [info.base_name for info in self.root.get_file_info(selector)]
-        return sorted((name for name in found if name.startswith("step-")), reverse=True)
+        """Every folder of a checkpoint, whole or not, the newest first.
+
+        Told by all files below: an object store knows no folders, and pyarrow finds them on Google's by marks
+        that a copy of a run lacks.
+        """
+        selector = fs.FileSelector(self.folder, allow_not_found=True, recursive=True)
+        paths = [info.path[len(self.folder) + 1 :] for info in self.root.get_file_info(selector)]
+        names = {path.partition("/")[0] for path in paths}
+        return sorted((name for name in names if name.startswith("step-")), reverse=True)
 
     def record(self, name: str) -> Record | None:
         """What a checkpoint says of itself; None where it was not committed. Raises DamagedError."""
