@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from contextlib import AbstractContextManager
 from typing import Any
 
 from langcell.config import Config
-from langcell.corpus.draft import draft, place_order
+from langcell.corpus.draft import Order, draft, place_order
 from langcell.corpus.forecast import forecast
 from langcell.corpus.manifest import Manifest
 from langcell.corpus.prepare import prepare
@@ -34,12 +35,17 @@ def plan(config: Config) -> dict[str, Any]:
 
     Raises InputError as `run` does for what obs, var and the options tell.
     """
-    with place_order(*_asked(config)) as order:
+    with placed(config) as order:
         drafted = draft(order, plan_only=True)
         expected = forecast(order, drafted)
     print(coverage_lines(drafted.coverage.to_dict()))
     print(expected.lines(os.cpu_count() or 1), flush=True)
     return dataclasses.asdict(expected)
+
+
+def placed(config: Config) -> AbstractContextManager[Order]:
+    """The corpus that `config` asks for, open until the block ends. Raises InputError."""
+    return place_order(*_asked(config))
 
 
 def prepare_corpus(config: Config) -> dict[str, Any]:

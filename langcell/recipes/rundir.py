@@ -38,6 +38,7 @@ FREE = {
         "resize_s",
         "worker_resources",
         "gpus",
+        "accelerator",
         "zero",
         "offload",
         "checkpoint_epochs",

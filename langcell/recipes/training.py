@@ -125,6 +125,7 @@ def _train(task: StageTask, stopping: Stopping) -> Outcome:
                 num_workers=workers,  # type: ignore[arg-type]
                 elastic_resize_monitor_interval_s=options.resize_s,
                 use_gpu=gpus,
+                accelerator_type=options.accelerator if gpus else None,
                 resources_per_worker={
                     "CPU": options.cpus_per_worker,
                     **({"GPU": 1} if gpus else {}),

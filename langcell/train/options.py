@@ -16,6 +16,8 @@ class TrainOptions:
     """Seconds between looks whether the cluster has room for more workers, where `min_workers` is given (s). Growing restarts the workers, from a checkpoint that they commit first."""
     gpus: bool | None = None
     """Whether each worker takes one GPU. None: if PyTorch is a CUDA build and the cluster has as many GPUs as workers (one that scaled to zero has none yet)."""
+    accelerator: str | None = None
+    """Kind of GPU that workers run on, by Ray's name (A100-40G, A100-80G, H100, ...): no other nodes are taken, and `--plan` reckons with it. None: any; `--plan` takes A100-40G."""
     cpus_per_worker: float = 1.0
     """Logical CPUs that Ray reserves for a worker (a fraction leaves room for the data tasks on a laptop)."""
     worker_resources: dict[str, float] = field(default_factory=dict)
