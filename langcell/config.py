@@ -137,6 +137,7 @@ NOT_NEGATIVE = [
     "objective.w_ct",
     "objective.w_ctm",
     "train.stage1_lr",
+    "train.cpus_per_worker",
     "text.short_variants",
     "train.lr",
     "train.text_lr",
@@ -154,7 +155,6 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "tokens.max_length": (2, math.inf),
     "text.max_length": (3, math.inf),
     "objective.tau": (1e-3, 10),
-    "train.cpus_per_worker": (1e-4, math.inf),
     "train.max_failures": (-1, math.inf),
 }
 """Least and greatest value of every number that has one."""

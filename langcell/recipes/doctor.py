@@ -29,7 +29,7 @@ from langcell.recipes import forecast, probing
 from langcell.recipes.probing import Seat, Worker
 from langcell.recipes.rundir import with_absolute_paths
 from langcell.recipes.session import connect
-from langcell.recipes.training import use_gpus
+from langcell.recipes.training import use_gpus, worker_resources
 from langcell.storage import open_root, sizes
 
 State = Literal["ok", "red", "?"]
@@ -214,8 +214,8 @@ def _weights(config: Config) -> list[Row]:
 def _workers(config: Config, nodes_s: float) -> list[Row]:
     """As many workers as training asks for: placed, with memory enough, and joined by a network."""
     gpu, count = use_gpus(config.train), config.train.num_workers
-    want = probing.bundle(config.train, gpu)
-    asked = f"{count} workers of " + ", ".join(f"{name} {amount:g}" for name, amount in want.items())
+    want = worker_resources(config.train, gpu)
+    asked = f"{count} workers of " + ", ".join(f"{name} {n:g}" for name, n in want.items() if n)
     with _placed(config, want, nodes_s) as workers:
         if not workers:
             have = ", ".join(

@@ -14,7 +14,6 @@ import time
 import uuid
 from dataclasses import dataclass
 from importlib import metadata
-from typing import Any
 
 import psutil
 import ray
@@ -140,8 +139,3 @@ class Worker:
             torch.cuda.synchronize()
         seconds = (time.perf_counter() - began) / ROUNDS
         return SUMMED / seconds * 2 * (ranks - 1) / ranks
-
-
-def bundle(options: Any, gpu: bool) -> dict[str, float]:
-    """Resources of one worker, as training asks for them."""
-    return {"CPU": options.cpus_per_worker, **({"GPU": 1} if gpu else {}), **options.worker_resources}

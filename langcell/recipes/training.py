@@ -76,6 +76,11 @@ def use_gpus(options: TrainOptions) -> bool:
     return torch.version.cuda is not None and ray.cluster_resources().get("GPU", 0) >= least
 
 
+def worker_resources(options: TrainOptions, gpus: bool) -> dict[str, float]:
+    """What Ray reserves for one worker."""
+    return {"CPU": options.cpus_per_worker, **({"GPU": 1} if gpus else {}), **options.worker_resources}
+
+
 def fit(task: StageTask, stopping: Stopping | None = None) -> Trained:
     """Run a stage, from its newest whole checkpoint where it has one; a finished one is not run again.
 
@@ -126,11 +131,7 @@ def _train(task: StageTask, stopping: Stopping) -> Outcome:
                 elastic_resize_monitor_interval_s=options.resize_s,
                 use_gpu=gpus,
                 accelerator_type=options.accelerator if gpus else None,
-                resources_per_worker={
-                    "CPU": options.cpus_per_worker,
-                    **({"GPU": 1} if gpus else {}),
-                    **options.worker_resources,
-                },
+                resources_per_worker=worker_resources(options, gpus),
             ),
             run_config=RunConfig(
                 name=f"stage{task.stage}",

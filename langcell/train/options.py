@@ -19,7 +19,7 @@ class TrainOptions:
     accelerator: str | None = None
     """Kind of GPU that workers run on, by Ray's name (A100-40G, A100-80G, H100, ...): no other nodes are taken, and `--plan` reckons with it. None: any; `--plan` takes A100-40G."""
     cpus_per_worker: float = 1.0
-    """Logical CPUs that Ray reserves for a worker (a fraction leaves room for the data tasks on a laptop)."""
+    """Logical CPUs that Ray reserves for a worker (a fraction leaves room for the data tasks on a laptop). 0 on nodes that show Ray no CPU, as the GPU nodes of cluster/ do."""
     worker_resources: dict[str, float] = field(default_factory=dict)
     """Other Ray resources that a worker takes, by name: keeps workers on the nodes that offer them."""
     global_batch: int = 256
