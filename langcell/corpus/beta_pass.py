@@ -20,7 +20,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import ray
-from tqdm import tqdm
 
 from langcell.cells.beta import Beta
 from langcell.cells.medians import (
@@ -37,6 +36,7 @@ from langcell.cells.medians import (
 from langcell.census.reading import JudgedCells, read_cells
 from langcell.census.slices import Reader, Slice
 from langcell.corpus.ledger import Ledger, SliceFaults
+from langcell.corpus.progress import Progress
 from langcell.corpus.schema import TRAIN
 from langcell.corpus.tasks import plainly, task
 from langcell.errors import InputError
@@ -98,7 +98,7 @@ def train_beta(
         if lost[0] == lost[1]:
             break  # else storage failed between the passes: these slices shall have a part in neither
         train = [part for part in train if part.index not in unreadable]
-    n_train = sum(pc.sum(pc.equal(part.cells["split"], TRAIN)).as_py() for part in train)
+    n_train = sum(map(_n_train, train))
     about = about | {"cells": str(n_train - sum(len(faults.fault) for faults in second))}
     finished = [task(finish).remote(c, b, d) for c, b, d in zip(counted, bins, collected, strict=True)]
     with plainly():
@@ -116,6 +116,10 @@ def _train_part(part: Slice) -> Slice:
     """The slice without the cells of other splits."""
     cells = part.cells.filter(pc.equal(part.cells["split"], TRAIN))
     return replace(part, cells=cells, nnz=pc.sum(cells["nnz"]).as_py())
+
+
+def _n_train(part: Slice) -> int:
+    return pc.sum(pc.equal(part.cells["split"], TRAIN)).as_py()
 
 
 def _faults(part: Slice, cells: JudgedCells) -> SliceFaults:
@@ -168,21 +172,23 @@ def _reduce(
 
     # Partials stay in the store; the last value of a task is small and tells of its end.
     leaf = task(of_slice, num_returns=len(trees) + 1)
-    waiting, running = list(reversed(slices)), dict[ray.ObjectRef, list[ray.ObjectRef]]()
+    waiting, running = list(reversed(slices)), dict[ray.ObjectRef, tuple[Slice, list[ray.ObjectRef]]]()
     found: list[SliceFaults] = []
-    with tqdm(total=len(slices), desc=title, unit="slice") as bar:
+    with Progress(title, len(slices)) as progress:
         while waiting or running:
             in_flight = max(2, 2 * int(ray.cluster_resources().get("CPU", 1)))
             while waiting and len(running) < in_flight:
-                *partials, end = leaf.remote(waiting.pop(), *shared)
-                running[end] = partials
+                part = waiting.pop()
+                *partials, end = leaf.remote(part, *shared)
+                running[end] = part, partials
             (end,), _ = ray.wait(list(running), num_returns=1)
             with plainly():
                 faults = ray.get(end)
             if len(faults.fault):
                 ledger.add(faults)
                 found.append(faults)
-            for tree, partial in zip(trees, running.pop(end), strict=True):
+            part, partials = running.pop(end)
+            for tree, partial in zip(trees, partials, strict=True):
                 tree.add(partial)
-            bar.update()
+            progress.add(_n_train(part))
     return [tree.sum() for tree in trees], found

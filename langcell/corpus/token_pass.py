@@ -21,7 +21,6 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
 from pyarrow import fs
-from tqdm import tqdm
 
 from langcell.cells.faults import Fault
 from langcell.cells.rank import rank_encode
@@ -29,6 +28,7 @@ from langcell.census.datasource import SliceSource
 from langcell.census.reading import counts_of, patiently
 from langcell.corpus.ledger import SliceFaults
 from langcell.corpus.manifest import Block
+from langcell.corpus.progress import Progress
 from langcell.corpus.schema import BLOCK_ENCODING, BLOCK_SCHEMA, SPLITS, block_name
 from langcell.corpus.tasks import graph
 from langcell.storage import digest, open_root, write_file
@@ -171,7 +171,7 @@ def write_tokens(
         return []
     cells_of_slice = {part.index: len(part.cells) for part in source.slices}
     reports = []
-    with graph() as retries:
+    with graph() as retries, Progress("tokens", len(source.slices)) as progress:
         rows = (
             ray.data.read_datasource(source, override_num_blocks=len(source.slices), ray_remote_args=retries)
             .map_batches(
@@ -182,9 +182,11 @@ def write_tokens(
             )
             .iter_rows()
         )
-        for row in tqdm(rows, total=len(source.slices), desc="tokens", unit="slice"):
-            reports.append(SliceReport.from_json(row["report"]))
-            note(reports[-1].faults)
+        for row in rows:
+            report = SliceReport.from_json(row["report"])
+            reports.append(report)
+            note(report.faults)
+            progress.add(cells_of_slice[report.slice])
     return reports
 
 

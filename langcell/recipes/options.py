@@ -1,6 +1,6 @@
 """Where a run lives: the options of the recipes room (standard library only)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 
@@ -18,3 +18,5 @@ class RunOptions:
     """Runs of jobs/seeds.py (count), with the seeds train.seed, train.seed + 1, ..."""
     ray_address: str | None = None
     """Ray cluster to join: `auto` or host:port. None: the one named by RAY_ADDRESS, else one is started here."""
+    trackers: list[Literal["tensorboard", "mlflow", "wandb"]] = field(default_factory=list)
+    """What the figures of metrics.jsonl go to as well: `tensorboard` (event files in `dir`), `mlflow`, `wandb` (both as their environment variables say). The packages of the last two are yours to install."""

@@ -10,7 +10,7 @@ is.
 from __future__ import annotations
 
 import json
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
@@ -58,8 +58,9 @@ from langcell.recipes.stopping import Stopping
 from langcell.recipes.training import Plans, fit, make_plans
 from langcell.storage import open_root, read_file, write_file
 from langcell.text.ontology import Ontology
-from langcell.train import metrics, trace
+from langcell.train import metrics, trace, trackers
 from langcell.train.task import StageTask
+from langcell.train.trackers import Tracking
 
 
 def run(config: Config) -> dict[str, Any]:
@@ -70,6 +71,7 @@ def run(config: Config) -> dict[str, Any]:
     config = with_absolute_paths(config)
     check_free(config)
     check_models(config)
+    trackers.check(config.run.trackers)
     stopping = Stopping()
     with connect(config.run), stopping.install():
         prepared = prepare_corpus(config)
@@ -140,6 +142,7 @@ def stage_tasks(
         corpus=config.corpus,
         evaluate=None,
         job=job,
+        tracking=Tracking(config.run.trackers, run_name(config), asdict(config)),
     )
     judged = ContrastOnly(aside.cells, config.eval, config.text, config.model.text_init, config.objective.tau)
     return first, replace(first, stage=2, first_step=first.last_step, evaluate=judged)

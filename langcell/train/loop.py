@@ -35,6 +35,7 @@ from langcell.objective.stages import LOSSES
 from langcell.storage import open_root, read_file, remove_halves, write_file
 from langcell.train import liveness as live
 from langcell.train import trace
+from langcell.train.gauges import peak_memory
 from langcell.train.guard import Guard
 from langcell.train.judging import evaluate, validate
 from langcell.train.liveness import Liveness
@@ -47,6 +48,7 @@ from langcell.train.step import run_step
 from langcell.train.store import Cursor, DamagedError, Store
 from langcell.train.task import OWNER, Outcome, StageTask
 from langcell.train.told import Told, tell
+from langcell.train.trackers import Trackers
 
 ASK_S = 5.0
 """Seconds between questions whether a node is about to be taken away: each is a barrier."""
@@ -105,6 +107,7 @@ class _Worker:
             start=cursor.global_step,
             before_commit=self._before_commit,
             alive=liveness.again,
+            after_commit=lambda: self.metrics.committed() if self.metrics is not None else None,
         )
         self._asks = os.environ.get("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER") != "0"
         self._asked = self._saved = time.monotonic()
@@ -186,10 +189,12 @@ class _Worker:
             "epoch": position.epoch,
             "stage": self.task.stage,
             "time": time.time(),
+            "done": self.task.share_done(self.task.global_step(position)),
             "cells_per_s": self.task.plan.global_batch / seconds,
             "tokens_per_s": told.tokens / seconds,
             "mfu": self._mfu(told.work, seconds),
             "data_wait": told.wait / seconds,
+            "peak_memory_bytes": peak_memory(self.device),
             "lr": self.engine.get_lr()[0],
             "grad_norm": None if norm is None else float(norm),
             "skipped": self.guard.skipped,
@@ -303,7 +308,8 @@ class _Worker:
         for folder in ("", trace.folder_of(task.stage), "skipped"):
             remove_halves(self.root, folder)
         trace.cut_back(self.root, task.stage, step)
-        self.metrics = Metrics(self.root, task.name, task.stage, step)
+        trackers = Trackers(task.tracking, self.root, task.run_dir, step)
+        self.metrics = Metrics(self.root, task.name, task.stage, step, trackers)
         self.listener = Listener(task.notice) if task.notice is not None else None
 
     def _before_commit(self) -> None:

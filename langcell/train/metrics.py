@@ -1,11 +1,9 @@
-"""What a run says while it runs: metrics.jsonl, and gauges on Ray's Prometheus endpoint.
+"""What a run says while it runs: metrics.jsonl, gauges on Ray's Prometheus endpoint, trackers.
 
 One JSON object a step, by rank 0; a resume first cuts the file back to its cursor, so that every step stands
 in it once, and notes that in recoveries.jsonl: what was lost, and since when. A local file is appended to; an
 object store knows no append, so there the file is written anew before each checkpoint, which is what a resume
 would cut it back to. A row that cannot be written waits for the next: no disk ends a training step.
-The gauges are what a dashboard watches: `ray_langcell_loss{loss=...}` and one `ray_langcell_<name>` for each
-of `GAUGES`.
 """
 
 from __future__ import annotations
@@ -18,22 +16,13 @@ from typing import Any
 
 import pyarrow as pa
 from pyarrow import fs
-from ray.util.metrics import Gauge
 
 from langcell.storage import read_file, write_file
+from langcell.train.gauges import Gauges
+from langcell.train.trackers import Trackers
 
 METRICS = "metrics.jsonl"
 RECOVERIES = "recoveries.jsonl"
-GAUGES = {
-    "cells_per_s": "Cells trained per second, all workers",
-    "tokens_per_s": "Gene tokens trained per second, all workers",
-    "mfu": "Share of the devices' peak in bf16 that the step's products took (0 to 1; on known GPUs)",
-    "data_wait": "Share of the step's time that the last worker waited for data (0 to 1)",
-    "grad_norm": "Global gradient norm before clipping",
-    "skipped": "Steps of the stage whose update was left out",
-    "ctm_empty": "Draws of matching pairs that found no partner in the global batch",
-    "lr": "Learning rate of the cell side",
-}
 
 
 class Metrics:
@@ -42,8 +31,10 @@ class Metrics:
     root: filesystem of the run directory; first_step: global step that the stage goes on from.
     """
 
-    def __init__(self, root: fs.FileSystem, run: str, stage: int, first_step: int) -> None:
-        self._root, self._lock = root, threading.Lock()
+    def __init__(
+        self, root: fs.FileSystem, run: str, stage: int, first_step: int, trackers: Trackers
+    ) -> None:
+        self._root, self._lock, self._trackers = root, threading.Lock(), trackers
         rows = cut_back(root, stage, first_step)
         self._epoch, self._sums, self._count = -1, dict[str, float](), dict[str, int]()
         self._lines: list[bytes] = []
@@ -56,18 +47,11 @@ class Metrics:
             self._local = root.open_append_stream(METRICS)
         except NotImplementedError:
             self._lines = [_line(row) for row in rows]
-        tags = {"run": run, "stage": str(stage)}
-        self._gauges = {
-            name: Gauge(f"langcell_{name}", text, ("run", "stage")) for name, text in GAUGES.items()
-        }
-        for gauge in self._gauges.values():
-            gauge.set_default_tags(tags)
-        self._loss = Gauge("langcell_loss", "Loss over the global batch", ("run", "stage", "loss"))
-        self._loss.set_default_tags(tags)
+        self._gauges = Gauges(run, stage, read(root, RECOVERIES))
 
     def write(self, row: dict[str, Any], losses: dict[str, float]) -> None:
-        """One step: the row goes to the file with its losses, both to the gauges. What is no number is
-        null."""
+        """One step: the row with its losses goes to the file, the gauges and the trackers. What is no number
+        is null."""
         whole = {name: _number(value) for name, value in {**row, **losses}.items()}
         self._add(whole)
         with self._lock:
@@ -81,12 +65,12 @@ class Metrics:
                     print(f"{METRICS}: {error}; the row waits for the next", flush=True)
                     if self._lines[0] != b"\n":
                         self._lines.insert(0, b"\n")  # ends what was written of it
-        for name, gauge in self._gauges.items():
-            if whole[name] is not None:
-                gauge.set(whole[name])
-        for name in losses:
-            if whole[name] is not None:
-                self._loss.set(whole[name], {"loss": name})
+        self._gauges.step(whole, tuple(losses))
+        self._trackers.log(whole)
+
+    def committed(self) -> None:
+        """A checkpoint was committed just now."""
+        self._gauges.committed()
 
     def means(self, names: tuple[str, ...]) -> dict[str, float]:
         """Means of the losses `names` over the present epoch, its steps before a resume included."""
@@ -105,12 +89,14 @@ class Metrics:
 
     def publish(self) -> None:
         """See to it that the file holds every row. Raises OSError."""
+        self._trackers.publish()
         if self._local is None:
             with self._lock:
                 text = b"".join(self._lines)
             write_file(self._root, METRICS, text)
 
     def close(self) -> None:
+        self._trackers.close()
         if self._local is not None:
             self._local.close()
 

@@ -54,7 +54,8 @@ class Saver:
 
     board: a c10d store that all ranks see, used by this object's thread alone; token: of these workers;
     start: global step that the run goes on from; before_commit: what rank 0 does before a checkpoint exists
-    (it may raise, and then it does not); alive: called while others are waited for.
+    (it may raise, and then it does not), after_commit: and once it does; alive: called while others are
+    waited for.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Saver:
         start: int,
         before_commit: Callable[[], None],
         alive: Callable[[], None],
+        after_commit: Callable[[], None] = lambda: None,
     ) -> None:
         self.rank, self.ranks = dist.get_rank(), dist.get_world_size()
         self.failures: list[str] = []
@@ -77,7 +79,7 @@ class Saver:
         """The last checkpoint that was (rank 0)."""
         self._store, self._board, self._trace, self._keep = store, board, trace, keep
         self._suffix = f"{self.rank:05d}-of-{self.ranks:05d}-{token[:8]}"
-        self._before_commit, self._alive = before_commit, alive
+        self._before_commit, self._after_commit, self._alive = before_commit, after_commit, alive
         self._thread: threading.Thread | None = None
         self._name, self._tries = "", 0
         self._unwritten: list[pa.Table] = []  # of this rank's trace, where its file could not be written
@@ -183,6 +185,7 @@ class Saver:
         else:
             if self.taken_over is None:
                 self.failures, self.committed = [], self._name
+                self._after_commit()
                 try:
                     self._store.retain(self._keep.last, self._keep.epoch_ends)
                 except OSError as error:

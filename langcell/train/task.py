@@ -13,6 +13,7 @@ from langcell.model.langcell import LangCell
 from langcell.model.options import ModelOptions
 from langcell.objective.options import ObjectiveOptions
 from langcell.train.options import TrainOptions
+from langcell.train.trackers import Tracking
 
 OWNER = "owner"
 """File of the run directory that names who may write to it: a job, and the workers that it started last."""
@@ -46,6 +47,8 @@ class StageTask:
     """Which job runs it (`rundir.take`); checkpoints are committed only while `OWNER` names it."""
     notice: Any = None
     """Handle of the actor that tells when to stop (`notice.make_notice`); None: nobody does."""
+    tracking: Tracking = Tracking()
+    """Trackers that its figures go to beside metrics.jsonl."""
 
     @property
     def epochs(self) -> int:
@@ -61,6 +64,10 @@ class StageTask:
     def last_step(self) -> int:
         """Global step after the stage's last."""
         return self.first_step + self.epochs * self.plan.steps
+
+    def share_done(self, global_step: int) -> float:
+        """Share of the steps of both stages that are trained after this one (0 to 1)."""
+        return (global_step + 1) / (self.plan.steps * (self.train.stage1_epochs + self.train.stage2_epochs))
 
     def global_step(self, position: Position) -> int:
         return self.first_step + position.epoch * self.plan.steps + position.step

@@ -83,6 +83,8 @@ class Network:
     dir: Path
     resources: Sequence[Resources]
     environment: dict[str, str]
+    dashboard: bool = False
+    """Whether the head has one: jobs are submitted to it."""
     started: list[subprocess.Popen[Any]] = field(default_factory=list)
 
     def namespace(self, host: int) -> str:
@@ -135,7 +137,8 @@ class Network:
         command += [f"--resources={json.dumps(dict(offered.other))}"]
         command += [f"--object-store-memory={offered.object_store}"]
         if host == 0:
-            command += ["--head", f"--port={RAY_PORT}", "--include-dashboard=false"]
+            command += ["--head", f"--port={RAY_PORT}", f"--include-dashboard={self.dashboard}"]
+            command += [f"--dashboard-host={self.address(0)}"]
         else:
             command += [f"--address={self.address(0)}:{RAY_PORT}"]
         with self.log(host).open("ab") as log:
@@ -222,7 +225,9 @@ def why_not() -> str | None:
 
 
 @contextmanager
-def wired(resources: Sequence[Resources], environment: Mapping[str, str]) -> Iterator[Network]:
+def wired(
+    resources: Sequence[Resources], environment: Mapping[str, str], dashboard: bool
+) -> Iterator[Network]:
     """Hosts and switch, without Ray."""
     clear_abandoned()
     kept = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
@@ -232,7 +237,7 @@ def wired(resources: Sequence[Resources], environment: Mapping[str, str]) -> Ite
         directory = Path(tempfile.mkdtemp(prefix=f"langcell-{os.getpid()}-"))
         made.callback(shutil.rmtree, directory, ignore_errors=True)
         name = f"langcell-{os.getpid()}-{next(SERIAL)}"
-        net = Network(name, directory, resources, kept | ENVIRONMENT | dict(environment))
+        net = Network(name, directory, resources, kept | ENVIRONMENT | dict(environment), dashboard)
         hosts = range(len(resources))
         for namespace in (net.switch, *map(net.namespace, hosts)):
             ip("netns", "add", namespace)
@@ -255,7 +260,10 @@ def wired(resources: Sequence[Resources], environment: Mapping[str, str]) -> Ite
 
 @contextmanager
 def three_hosts(
-    resources: Sequence[Resources] = DEFAULT, environment: Mapping[str, str] | None = None, ray: bool = True
+    resources: Sequence[Resources] = DEFAULT,
+    environment: Mapping[str, str] | None = None,
+    ray: bool = True,
+    dashboard: bool = False,
 ) -> Iterator[Network]:
     """Three hosts, each a node of one Ray cluster whose head is the first; all gone at the end.
 
@@ -265,7 +273,7 @@ def three_hosts(
     """
     if reason := why_not():
         pytest.skip(reason)
-    with wired(resources, environment or {}) as net:
+    with wired(resources, environment or {}, dashboard) as net:
         if ray:
             for host in range(len(resources)):
                 net.start_ray(host)

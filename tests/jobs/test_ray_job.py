@@ -1,124 +1,81 @@
-"""The main job as a cluster user runs it: `ray start --head`, `ray job submit`, metrics scraped meanwhile.
-
-The head is this test's own: its ports, its folder, loopback only. `ray stop` would end every Ray of the
-machine, so the processes are remembered and ended by pid.
-"""
+"""The main job as a cluster user runs it: `ray start --head`, `ray job submit`, watched by Prometheus."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
-import socket
 import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import pytest
 import requests
+import yaml
 from prometheus_client.parser import text_string_to_metric_families
 from ray.job_submission import JobStatus, JobSubmissionClient
 
-ROOT = Path(__file__).parents[2]
-BIN = Path(sys.executable).parent
-PORTS = (
-    "port",
-    "dashboard-port",
-    "dashboard-agent-listen-port",
-    "dashboard-agent-grpc-port",
-    "metrics-export-port",
-    "ray-client-server-port",
-    "node-manager-port",
-    "object-manager-port",
-    "runtime-env-agent-port",
-)
+from langcell.storage import open_root
+from langcell.train import metrics
+from tests.jobs.head import ROOT, Head, demo_job, running_head
+from tests.jobs.prometheus import MONITORING, Prometheus, metrics_of, panels, running_prometheus
+
 GAUGES = {
     "ray_langcell_loss",
     "ray_langcell_cells_per_s",
     "ray_langcell_tokens_per_s",
     "ray_langcell_data_wait",
 }
+EMPTY = {
+    "MFU": "the peak of a CPU is not known",
+    "GPU utilisation": "no GPU",
+    "GPUs": "no GPU",
+}
+"""Panels that may show nothing where tests run."""
 MINUTES = 60.0
-
-
-@dataclass
-class Head:
-    dashboard: str
-    metrics: str
-    dir: Path
-    environment: dict[str, str]
 
 
 @pytest.fixture(scope="module")
 def head() -> Iterator[Head]:
-    # Not pytest's folder: the path of a Unix socket in it must stay below 108 bytes.
-    directory = Path(tempfile.mkdtemp(prefix="langcell-"))
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in PORTS]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        ports = dict(zip(PORTS, (one.getsockname()[1] for one in sockets), strict=True))
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
-        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",  # an activated environment
-        "RAY_AUTH_MODE": "disabled",
-        "RAY_metrics_report_interval_ms": "500",  # 10 s by default: this run is about as short
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nothing to drain at the end
-    }
-    command = [BIN / "ray", "start", "--head", "--block", "--node-ip-address=127.0.0.1"]
-    command += ["--dashboard-host=127.0.0.1", "--disable-usage-stats", f"--temp-dir={directory}"]
-    command += [f"--{name}={port}" for name, port in ports.items()]
-    log = (directory / "head.log").open("w")
-    process = subprocess.Popen(command, env=environment, stdout=log, stderr=subprocess.STDOUT, cwd=directory)
-    started = Head(
-        f"http://127.0.0.1:{ports['dashboard-port']}",
-        f"http://127.0.0.1:{ports['metrics-export-port']}/metrics",
-        directory,
-        environment,
-    )
-    try:
-        wait_for_dashboard(process, started)
-        yield started
-    finally:
-        end(process)
-        log.close()
-        shutil.rmtree(directory, ignore_errors=True)
+    with running_head() as head:
+        yield head
 
 
-def wait_for_dashboard(process: subprocess.Popen[bytes], head: Head) -> None:
-    deadline = time.monotonic() + 90
-    while time.monotonic() < deadline:
-        assert process.poll() is None, (head.dir / "head.log").read_text()
-        try:
-            if requests.get(f"{head.dashboard}/api/jobs/", timeout=5).ok:
-                return
-        except requests.RequestException:
-            pass
-        time.sleep(0.5)
-    pytest.fail(f"no dashboard within 90 s: {(head.dir / 'head.log').read_text()}")
+@dataclass(frozen=True)
+class Watched:
+    """A job that has ended: its run directory and log, langcell's gauges that stood on the node's endpoint
+    meanwhile (name -> label set -> last value), and the Prometheus that scraped it, where there is one."""
+
+    run: Path
+    log: str
+    seen: dict[str, dict[str, float]]
+    prometheus: Prometheus | None
+    began: float
+    ended: float
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """The head, and whatever it started that outlives it."""
-    try:
-        family = psutil.Process(process.pid).children(recursive=True)
-    except psutil.NoSuchProcess:
-        family = []
-    process.terminate()
-    try:
-        process.wait(30)
-    except subprocess.TimeoutExpired:
-        process.kill()
-    _, alive = psutil.wait_procs(family, timeout=10)
-    for one in alive:
-        one.kill()
-    psutil.wait_procs(alive, timeout=10)
+@pytest.fixture(scope="module")
+def watched(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Watched]:
+    folder = tmp_path_factory.mktemp("watched")
+    client, began = JobSubmissionClient(head.dashboard), time.time()
+    seen: dict[str, dict[str, float]] = {}
+    with ExitStack() as stack:
+        prometheus = None
+        if shutil.which("prometheus"):
+            prometheus = stack.enter_context(running_prometheus(head, folder))
+        head.submit("watched", *demo_job(folder, "--run.trackers=[tensorboard]"))
+        deadline = time.monotonic() + 12 * MINUTES
+        while not (status := client.get_job_status("watched")).is_terminal():
+            assert time.monotonic() < deadline, client.get_job_logs("watched")[-4000:]
+            for name, values in scrape(head).items():
+                seen.setdefault(name, {}).update(values)
+            time.sleep(1)
+        log = client.get_job_logs("watched")
+        assert status == JobStatus.SUCCEEDED, f"{client.get_job_info('watched').message}\n{log[-4000:]}"
+        yield Watched(folder / "watched", log, seen, prometheus, began, time.time())
 
 
 def scrape(head: Head) -> dict[str, dict[str, float]]:
@@ -127,46 +84,18 @@ def scrape(head: Head) -> dict[str, dict[str, float]]:
     for family in text_string_to_metric_families(requests.get(head.metrics, timeout=10).text):
         for sample in family.samples:
             if sample.name.startswith("ray_langcell_"):
-                labels = {k: sample.labels[k] for k in ("run", "stage", "loss") if k in sample.labels}
+                labels = {k: v for k, v in sample.labels.items() if k in ("run", "stage", "loss", "pass")}
                 found.setdefault(sample.name, {})[json.dumps(labels, sort_keys=True)] = sample.value
     return found
 
 
 @pytest.mark.slow
-def test_submitted_job_trains_and_is_watched(head: Head, tmp_path: Path) -> None:
-    run = tmp_path / "watched"
-    options = [
-        f"--run.dir={run}",
-        f"--corpus.dir={tmp_path / 'corpus'}",
-        f"--census.dir={tmp_path / 'census'}",
-    ]
-    options += ["--train.stage1_epochs=1", "--train.stage2_epochs=1"]
-    where = [f"--address={head.dashboard}", "--submission-id=watched", "--working-dir=.", "--no-wait"]
-    submitted = subprocess.run(
-        [BIN / "ray", "job", "submit", *where, "--", "python", "jobs/pretrain.py", *options],
-        cwd=ROOT,
-        env=head.environment,
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert submitted.returncode == 0, submitted.stdout + submitted.stderr
-
-    client = JobSubmissionClient(head.dashboard)
-    seen: dict[str, dict[str, float]] = {}
-    deadline = time.monotonic() + 12 * MINUTES
-    while not (status := client.get_job_status("watched")).is_terminal():
-        assert time.monotonic() < deadline, client.get_job_logs("watched")[-4000:]
-        for name, values in scrape(head).items():
-            seen.setdefault(name, {}).update(values)
-        time.sleep(1)
-    assert status == JobStatus.SUCCEEDED, client.get_job_logs("watched")[-4000:]
-
+def test_submitted_job_trains_and_says_how(watched: Watched) -> None:
+    run, seen = watched.run, watched.seen
     summary = json.loads((run / "summary.json").read_text())
     assert summary["steps"] > 0
     assert Path(summary["export"]).is_dir()
-    assert f"summary  {run / 'summary.json'}" in client.get_job_logs("watched")
+    assert f"summary  {run / 'summary.json'}" in watched.log
 
     assert set(seen) >= GAUGES, f"on the endpoint: {sorted(seen)}"
     assert all(math.isfinite(value) for values in seen.values() for value in values.values())
@@ -180,6 +109,47 @@ def test_submitted_job_trains_and_is_watched(head: Head, tmp_path: Path) -> None
     assert cells >= {"mgm", "cc"}
     assert not cells & {"ct", "ctm"}, "stage 1 sees no text"
     assert both >= {"mgm", "cc", "ct", "ctm"}
+    first, second = seen["ray_langcell_done"].values()
+    assert 0 < first <= 0.5 < second <= 1, "stage 1 is the first half of the run"
+    for stage in seen["ray_langcell_checkpoint_time_seconds"].values():
+        assert watched.began < stage < watched.ended
+    passes = {json.loads(key)["pass"]: value for key, value in seen["ray_langcell_prepare_slices"].items()}
+    assert passes.keys() == {"beta: histogram", "beta: medians", "tokens"}
+    totals = seen["ray_langcell_prepare_slices_total"].values()
+    assert list(passes.values()) == list(totals), "a pass that is through keeps its values"
+
+
+@pytest.mark.slow
+def test_tensorboard_has_every_step_of_both_stages(watched: Watched) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    events = accumulator.EventAccumulator(str(watched.run / "tensorboard"), size_guidance={"scalars": 0})
+    events.Reload()
+    rows = metrics.read(open_root(str(watched.run)), metrics.METRICS)
+    for name in ("mgm", "ct", "data_wait"):
+        logged = [(event.step, event.value) for event in events.Scalars(name)]
+        assert logged == [(row["step"], pytest.approx(row[name])) for row in rows if name in row]
+
+
+@pytest.mark.slow
+def test_every_panel_shows_data_and_every_alert_is_judged(watched: Watched) -> None:
+    prometheus, between = watched.prometheus, (watched.began, watched.ended)
+    if prometheus is None:
+        pytest.skip("no prometheus on PATH (Debian: apt-get install prometheus)")
+    empty = {
+        title
+        for title, queries in panels().items()
+        if not all(prometheus.over(query, *between) for query in queries)
+    }
+    assert {title.rpartition(" ")[0] for title in empty} <= EMPTY.keys()
+
+    (group,) = prometheus.get("rules")["groups"]
+    rules = yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"][0]["rules"]
+    assert [rule["name"] for rule in group["rules"]] == [rule["alert"] for rule in rules]
+    for rule in group["rules"]:
+        assert (rule["health"], rule.get("lastError", "")) == ("ok", ""), rule["name"]
+    for metric in set().union(*(metrics_of(rule["expr"]) for rule in rules)):
+        assert prometheus.over(metric, *between), f"an alert reads {metric}, which nothing sets"
+    assert prometheus.over('ALERTS{alertstate="firing"}', *between) == []
 
 
 @pytest.mark.slow
