@@ -382,7 +382,7 @@ def _lines(
     if kind:
         room, most = GPUS[kind][1] * 2**30, max(found.memory.total for found in stages.values())
         lines[-1] += (
-            f"; a {kind} has {room / 1e9:.0f} GB: "
+            f"; each {kind} has {room / 1e9:.0f} GB: "
             + ("fits" if most < 0.8 * room else "TIGHT" if most < room else "DOES NOT FIT")
             + (
                 ""
