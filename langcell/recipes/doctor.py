@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import ray
@@ -21,7 +22,6 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, Place
 from rich.console import Console
 from rich.table import Table
 
-from langcell.census.source import open_source
 from langcell.config import Config
 from langcell.corpus.manifest import Manifest
 from langcell.errors import InputError, RunError
@@ -38,8 +38,6 @@ ANSWER_S = 120.0
 """Within which a node must do what it is asked (s); starting a worker process and PyTorch is most of it."""
 NODES_S = 900.0
 """Within which the cluster must place the workers (s): a cloud's GPU node takes ten minutes to come."""
-RESERVE = 0.9
-"""Share of a device's memory that a worker may be predicted to take."""
 
 
 @dataclass(frozen=True)
@@ -59,15 +57,24 @@ def run(config: Config, *, nodes_s: float = NODES_S) -> list[dict[str, str]]:
     """
     config = with_absolute_paths(config)
     rows: list[Row] = []
-    with connect(config.run):
-        for part in (_software, _storage, _corpus, _weights):
-            rows += part(config)
-        rows += _workers(config, nodes_s)
+    with connect(config.run), _placed(config, nodes_s) as workers:
+        # With the workers in their places: nodes that came for them are looked at too.
+        for part in (_software, _storage, _corpus, _weights, partial(_workers, workers=workers)):
+            rows += _rows_of(part, config)
     Console(width=110).print(_table(rows))
     red = sum(row.state == "red" for row in rows)
     if red:
         raise RunError(f"{red} of {len(rows)} checks are red")
     return [asdict(row) for row in rows]
+
+
+def _rows_of(part: Callable[[Config], list[Row]], config: Config) -> list[Row]:
+    """What a part finds; where it fails itself, that: the rows of the others must not be lost."""
+    try:
+        return part(config)
+    except Exception as error:
+        name = getattr(part, "func", part).__name__.strip("_")
+        return [Row(name, "", "red", f"{type(error).__name__}: {_said(error)}")]
 
 
 def _table(rows: list[Row]) -> Table:
@@ -144,7 +151,11 @@ def _storage(config: Config) -> list[Row]:
                 )
                 rows.append(Row(option, where, "red", detail))
                 continue
-            missing, speed = seen[node] if not isinstance(seen[node], Exception) else (list(names), 0.0)
+            back = seen.get(node, RuntimeError("the node has gone"))
+            if isinstance(back, Exception):
+                rows.append(Row(option, where, "red", f"{uri} cannot be read: {_said(back)}"))
+                continue
+            missing, speed = back
             if missing:
                 others = [_nodes().get(other, other) for other, name in names.items() if name in missing]
                 detail = (
@@ -162,35 +173,38 @@ def _storage(config: Config) -> list[Row]:
 
 def _corpus(config: Config) -> list[Row]:
     """A whole corpus; or none at all, and a Census that it can be made from."""
-    place, rows = config.corpus.dir, []
+    place = config.corpus.dir
     try:
         if Manifest.exists(place):
             manifest = Manifest.read(place)
             cells = f"{manifest.cells:,} cells in {len(manifest.blocks):,} blocks, sizes as in the manifest"
-            rows.append(Row("corpus", place, "ok", cells))
-            return [*rows, Row("census", "", "?", "not needed: the corpus is whole")]
-        half = sizes(open_root(place), ["beta.parquet", "texts.parquet", "blocks"])
-        started = any(size is not None for size in half) or _has_blocks(place)
-    except InputError as error:
-        return [Row("corpus", place, "red", str(error))]
+            census = Row("census", "", "?", "not needed: the corpus is whole")
+            return [Row("corpus", place, "ok", cells), census]
+        files = sizes(open_root(place), ["beta.parquet", "texts.parquet"])
+        started = any(size is not None for size in files) or _has_blocks(place)
+    except (InputError, OSError) as error:
+        return [Row("corpus", place, "red", f"{place}: {_said(error)}")]
+    corpus = Row("corpus", place, "?", "none yet: jobs/pretrain.py prepares it first")
     if started:
         detail = (
             "half-written: files stand there without a manifest.json. The same jobs/prepare.py goes on with "
             "it (jobs/pretrain.py does so by itself, on these nodes)"
         )
-        rows.append(Row("corpus", place, "red", detail))
-    else:
-        rows.append(Row("corpus", place, "?", "none yet: jobs/pretrain.py prepares it first"))
+        corpus = Row("corpus", place, "red", detail)
+    return [corpus, _census(config)]
+
+
+def _census(config: Config) -> Row:
+    """From where tasks run: a head may have a way out that data nodes lack."""
+    name = config.census.uri or config.census.version
+    reader = ray.remote(num_cpus=1, max_retries=0)(probing.census)
     try:
-        source = open_source(config.census)
-        try:
-            detail = f"{config.census.uri or config.census.version}: {source.obs([]).num_rows:,} cells match"
-        finally:
-            source.close()
-        rows.append(Row("census", "this process", "ok", detail))
-    except (InputError, OSError) as error:
-        rows.append(Row("census", "this process", "red", _said(error)))
-    return rows
+        cells = ray.get(reader.remote(config.census), timeout=NODES_S)
+    except RayTaskError as error:
+        return Row("census", "a data task", "red", _said(error.cause))
+    except RayError as error:
+        return Row("census", "a data task", "red", f"{name} was not opened: {_said(error)}")
+    return Row("census", "a data task", "ok", f"{name}: {cells:,} cells match")
 
 
 def _has_blocks(place: str) -> bool:
@@ -211,49 +225,59 @@ def _weights(config: Config) -> list[Row]:
     return rows
 
 
-def _workers(config: Config, nodes_s: float) -> list[Row]:
+def _wanted(config: Config) -> dict[str, float]:
+    """What training reserves for a worker."""
+    gpus, kind = use_gpus(config.train), config.train.accelerator
+    want = worker_resources(config.train, gpus)
+    return {**want, f"accelerator_type:{kind}": 0.001} if gpus and kind else want
+
+
+def _workers(config: Config, workers: list[Any]) -> list[Row]:
     """As many workers as training asks for: placed, with memory enough, and joined by a network."""
-    gpu, count = use_gpus(config.train), config.train.num_workers
-    want = worker_resources(config.train, gpu)
-    asked = f"{count} workers of " + ", ".join(f"{name} {n:g}" for name, n in want.items() if n)
-    with _placed(config, want, nodes_s) as workers:
-        if not workers:
-            have = ", ".join(
-                f"{name} {amount:g}" for name, amount in ray.cluster_resources().items() if name in want
-            )
-            detail = (
-                f"no place for {asked} within {nodes_s:.0f} s; the cluster has {have or 'none of these'}. "
-                "Look at the autoscaler's log (quota, capacity, max_workers), or lower --train.num_workers"
-            )
-            return [Row("workers", "cluster", "red", detail)]
-        seats: list[Seat] = ray.get([worker.seat.remote() for worker in workers])
-        hosts = sorted({seat.host for seat in seats})
-        rows = [Row("workers", ", ".join(hosts), "ok", f"{asked}, on {seats[0].device}")]
-        rows.append(_fits(config, seats))
-        rows.append(_bandwidth(workers, seats))
-    return rows
+    train, want = config.train, _wanted(config)
+    each = ", ".join(f"{name} {n:g}" for name, n in want.items() if n)
+    if len(workers) < (train.min_workers or train.num_workers):
+        has = ", ".join(f"{name} {n:g}" for name, n in ray.cluster_resources().items() if name in want)
+        detail = (
+            f"no place in time for {train.num_workers} workers of {each}; the cluster has "
+            f"{has or 'none of these'}. Look at the autoscaler's log (quota, capacity, max_workers), or "
+            "lower --train.num_workers"
+        )
+        return [Row("workers", "cluster", "red", detail)]
+    seats: list[Seat] = ray.get([worker.seat.remote() for worker in workers], timeout=ANSWER_S)
+    hosts = sorted({seat.host for seat in seats})
+    found = f"{len(workers)} workers of {each}, on {seats[0].device}"
+    if len(workers) < train.num_workers:
+        found += f" (train.num_workers is {train.num_workers}: the others find no place yet)"
+    return [
+        Row("workers", ", ".join(hosts), "ok", found),
+        _fits(config, seats),
+        _bandwidth(workers, seats),
+    ]
 
 
 @contextmanager
-def _placed(config: Config, want: dict[str, float], nodes_s: float) -> Iterator[list[Any]]:
-    """Workers, none where there is no room for all of them in time."""
-    group = placement_group([want] * config.train.num_workers, strategy="PACK")
-    try:
-        if not ray.wait([group.ready()], timeout=nodes_s)[0]:
-            yield []
-            return
-        yield [
-            Worker.options(  # type: ignore[attr-defined]
-                num_cpus=want["CPU"],
-                num_gpus=want.get("GPU", 0),
-                scheduling_strategy=PlacementGroupSchedulingStrategy(
-                    group, placement_group_bundle_index=index
-                ),
-            ).remote()
-            for index in range(config.train.num_workers)
-        ]
-    finally:
-        remove_placement_group(group)
+def _placed(config: Config, nodes_s: float) -> Iterator[list[Any]]:
+    """Workers: all, or as many as may be the least, or none where there is no room for these in time."""
+    train, want = config.train, _wanted(config)
+    for count in dict.fromkeys((train.num_workers, train.min_workers or train.num_workers)):
+        group = placement_group([want] * count, strategy="PACK")
+        try:
+            if ray.wait([group.ready()], timeout=nodes_s)[0]:
+                yield [
+                    Worker.options(  # type: ignore[attr-defined]
+                        num_cpus=want["CPU"],
+                        num_gpus=want.get("GPU", 0),
+                        scheduling_strategy=PlacementGroupSchedulingStrategy(
+                            group, placement_group_bundle_index=index
+                        ),
+                    ).remote()
+                    for index in range(count)
+                ]
+                return
+        finally:
+            remove_placement_group(group)
+    yield []
 
 
 def _fits(config: Config, seats: list[Seat]) -> Row:
@@ -268,12 +292,12 @@ def _fits(config: Config, seats: list[Seat]) -> Row:
     for host in sorted({seat.host for seat in seats}):
         there = [seat for seat in seats if seat.host == host]
         room = min(seat.memory for seat in there)
-        if need * (len(there) if on_cpu else 1) > RESERVE * room:
+        if need * (len(there) if on_cpu else 1) > forecast.ROOM * room:
             tight.append(f"{host} ({room / 1e9:.1f} GB{f' for {len(there)} workers' if on_cpu else ''})")
     detail = f"{need / 1e9:.1f} GB a worker is foretold"
     if tight:
         detail += (
-            f", more than {RESERVE:.0%} of {', '.join(tight)}. Lower --train.micro_batch, or "
+            f", more than {forecast.ROOM:.0%} of {', '.join(tight)}. Lower --train.micro_batch, or "
             "--train.activation_checkpointing true, --train.zero 3, --train.offload true"
         )
         return Row("memory", "", "red", detail)

@@ -50,6 +50,8 @@ ASSUMED_MFU = 0.4
 """Where no record is of such a GPU: the aim of the design."""
 GPUS = {"A100-40G": ("A100", 40), "A100-80G": ("A100", 80), "H100": ("H100", 80), "H200": ("H200", 141)}
 """Kinds of GPU by Ray's names: as `model.flops` knows them, and memory (GiB)."""
+ROOM = 0.8
+"""Share of a device's memory that a worker may be foretold to take: the forecast is no measurement."""
 NODE = 8
 """GPUs of a node in the clouds."""
 
@@ -383,7 +385,7 @@ def _lines(
         room, most = GPUS[kind][1] * 2**30, max(found.memory.total for found in stages.values())
         lines[-1] += (
             f"; each {kind} has {room / 1e9:.0f} GB: "
-            + ("fits" if most < 0.8 * room else "TIGHT" if most < room else "DOES NOT FIT")
+            + ("fits" if most < ROOM * room else "TIGHT" if most < room else "DOES NOT FIT")
             + (
                 ""
                 if most < 0.8 * room

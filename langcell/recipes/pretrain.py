@@ -196,7 +196,6 @@ def training_summary(
     ]
     repeated, skipped = map(sum, zip(*counted, strict=True))
     recoveries = metrics.read(root, metrics.RECOVERIES)
-    began = {row["step"]: row["time"] for row in rows}
     return {
         "steps": len(steps),
         # Medians: the first step of a stage waits for its data tasks to start.
@@ -213,9 +212,9 @@ def training_summary(
         ),
         "steps_replayed": sum(r["steps_replayed"] for r in recoveries),
         "recoveries_s": [
-            (r["resumed"] if "resumed" in r else began[r["step"]]) - r["stopped"]
+            r["resumed"] - r["stopped"]
             for r in recoveries
-            if "resumed" in r or r["step"] in began
+            if "resumed" in r  # one at a stage's very end came to no step
         ],
     }
 

@@ -15,11 +15,13 @@ import uuid
 from dataclasses import dataclass
 from importlib import metadata
 
-import psutil
 import ray
 import torch
 import torch.distributed as dist
+from ray._common.utils import get_system_memory
 
+from langcell.census.options import CensusOptions
+from langcell.census.source import open_source
 from langcell.model.interop import load_config, load_state, load_tokenizer, text_path
 from langcell.model.options import ModelOptions
 from langcell.storage import open_root, read_file, write_file
@@ -92,6 +94,15 @@ def weights(model: ModelOptions) -> int:
     return 2
 
 
+def census(options: CensusOptions) -> int:
+    """Open the Census, and count the cells that the filter matches. Raises InputError, OSError."""
+    source = open_source(options)
+    try:
+        return int(source.obs([]).num_rows)
+    finally:
+        source.close()
+
+
 @dataclass(frozen=True)
 class Seat:
     """Where a worker stands. memory: bytes of its GPU, or of its host; device: the GPU's name, or `cpu`."""
@@ -110,7 +121,7 @@ class Worker:
         if torch.cuda.is_available():
             gpu = torch.cuda.get_device_properties(0)
             return Seat(host, gpu.name, gpu.total_memory)
-        return Seat(host, "cpu", psutil.virtual_memory().total)
+        return Seat(host, "cpu", get_system_memory())  # of the container, where it is one
 
     def port(self) -> int:
         """One that is free here."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
 from types import FrameType
 from typing import TypeVar
@@ -20,6 +20,8 @@ from langcell.errors import Interrupted
 
 T = TypeVar("T")
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
+LOOK_S = 5.0
+"""Between looks whether somebody still hears the notice (s)."""
 
 
 class Stopping:
@@ -43,8 +45,11 @@ class Stopping:
                 signal.signal(number, handler)
 
     def attend(self, work: Callable[[], T], notify: Callable[[], bool]) -> T:
-        """Run `work` in a thread of its own; at the first signal call `notify`, and go on waiting where
-        somebody heard it."""
+        """Run `work` in a thread of its own; at the first signal call `notify`, and go on waiting while there
+        is somebody who heard it.
+
+        Raises Interrupted where nobody does.
+        """
         done: Future[T] = Future()
 
         def run() -> None:
@@ -53,12 +58,21 @@ class Stopping:
             except BaseException as error:
                 done.set_exception(error)
 
-        threading.Thread(target=run, daemon=True).start()
         self._notify = notify
+        threading.Thread(target=run, daemon=True).start()
         try:
+            while not wait([done], timeout=LOOK_S).done:
+                if self._told and not notify():
+                    raise Interrupted("no worker trains any more, what was committed stands")
             return done.result()
         finally:
             self._notify = None
+
+    def check(self) -> None:
+        """Raises Interrupted where a signal has come: work may have ended before the notice reached it, and
+        what follows must not begin."""
+        if self._told:
+            raise Interrupted("told to stop, what is finished is kept")
 
     def _handle(self, number: int, _: FrameType | None) -> None:
         name = signal.Signals(number).name

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import ray
 import torch
-from ray.train import FailureConfig, RunConfig, ScalingConfig
+from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 from torch import Tensor, nn
@@ -22,7 +22,7 @@ from langcell.storage import open_root
 from langcell.train.checkpoint import check_plan, read_weights
 from langcell.train.liveness import COLLECTIVE_S
 from langcell.train.loop import run_stage
-from langcell.train.notice import SaveBeforeResize, make_notice
+from langcell.train.notice import SaveBeforeResize, make_notice, stop
 from langcell.train.options import TrainOptions
 from langcell.train.store import DamagedError, Record, Store
 from langcell.train.task import Outcome, StageTask
@@ -93,11 +93,13 @@ def fit(task: StageTask, stopping: Stopping | None = None) -> Trained:
     for _, record in store.committed():
         check_plan(record, task.plan.hash)
     if not _is_finished(store, task):
-        outcome = _train(task, stopping or Stopping())
+        stopping = stopping or Stopping()
+        outcome = _train(task, stopping)
         if outcome.status == "failed":
             raise RunError(f"stage {task.stage}: {outcome.message}")
         if outcome.status == "stopped":
             raise Interrupted(f"stage {task.stage}, its checkpoint is committed")
+        stopping.check()
     return _result(store)
 
 
@@ -133,15 +135,16 @@ def _train(task: StageTask, stopping: Stopping) -> Outcome:
                 accelerator_type=options.accelerator if gpus else None,
                 resources_per_worker=worker_resources(options, gpus),
             ),
-            run_config=RunConfig(
+            run_config=RunConfig(  # type: ignore[call-arg]  # likewise
                 name=f"stage{task.stage}",
                 storage_path=ray_dir,
                 failure_config=FailureConfig(max_failures=options.max_failures),
+                logging_config=LoggingConfig("WARNING"),  # two lines a report else; rank 0 says what matters
                 callbacks=[SaveBeforeResize(notice)],  # type: ignore[list-item]
             ),
         )
         try:
-            result = stopping.attend(trainer.fit, lambda: ray.get(notice.stop.remote()))
+            result = stopping.attend(trainer.fit, lambda: stop(notice))
         except TrainingFailedError as error:
             raise RunError(
                 f"stage {task.stage}: workers failed more than train.max_failures ({options.max_failures}) "

@@ -37,9 +37,10 @@ EVENTS = {
 
 
 class Gauges:
-    """The gauges of one stage; recoveries: those of the run so far (`recoveries.jsonl`)."""
+    """The gauges of one stage; recoveries: those of the run so far (`recoveries.jsonl`); saved: when the
+    checkpoint was made that it goes on from (s since 1970), if there is one."""
 
-    def __init__(self, run: str, stage: int, recoveries: list[dict[str, Any]]) -> None:
+    def __init__(self, run: str, stage: int, recoveries: list[dict[str, Any]], saved: float | None) -> None:
         tags = {"run": run, "stage": str(stage)}
         self._gauges = {
             name: Gauge(f"langcell_{name}", text, tuple(tags)) for name, text in (GAUGES | EVENTS).items()
@@ -49,7 +50,7 @@ class Gauges:
             gauge.set_default_tags(tags)
         self._gauges["recoveries"].set(len(recoveries))
         self._gauges["steps_replayed"].set(sum(each["steps_replayed"] for each in recoveries))
-        self.committed()
+        self._gauges["checkpoint_time_seconds"].set(time.time() if saved is None else saved)
 
     def step(self, row: dict[str, Any], losses: tuple[str, ...]) -> None:
         """A step's row; what is None, or not in it, keeps its last value."""

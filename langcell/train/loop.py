@@ -45,7 +45,7 @@ from langcell.train.profile import Profile
 from langcell.train.saver import Keep, Saver, TakenOverError
 from langcell.train.setup import Ready, make_deterministic, make_ready
 from langcell.train.step import run_step
-from langcell.train.store import Cursor, DamagedError, Store
+from langcell.train.store import Cursor, DamagedError, Store, name_of
 from langcell.train.task import OWNER, Outcome, StageTask
 from langcell.train.told import Told, tell
 from langcell.train.trackers import Trackers
@@ -56,8 +56,7 @@ ASK_S = 5.0
 
 def run_stage(task: StageTask) -> Outcome:
     """The `train_loop_per_worker` of a stage."""
-    for chatty in ("ray.train", "ray.data"):
-        logging.getLogger(chatty).setLevel(logging.WARNING)
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
     if task.train.deterministic:
         make_deterministic()
     board = live.board()
@@ -119,13 +118,13 @@ class _Worker:
     def run(self) -> Outcome:
         task = self.task
         begun, total = task.global_step(self.start) - task.first_step, task.last_step - task.first_step
-        if begun == total:
-            return Outcome("finished")
         bar = tqdm_ray.tqdm(total=total, desc=f"stage {task.stage}") if self.rank == 0 else None
         if bar is not None:
             bar.update(begun)
         steps = task.train.profile if self.rank == 0 else 0
         try:
+            if begun == total:
+                return Outcome("finished")
             with Profile(self.root, f"stage{task.stage}", steps) as profile:
                 for outcome in self._steps():
                     if bar is not None:
@@ -134,12 +133,12 @@ class _Worker:
                     if outcome is not None:
                         return outcome
         finally:
+            if self.listener is not None:
+                self.listener.close()
             if bar is not None:
                 bar.close()
             if self.metrics is not None:
                 self.metrics.close()
-            if self.listener is not None:
-                self.listener.close()
         raise AssertionError("the last step has an outcome")
 
     def _steps(self) -> Iterator[Outcome | None]:
@@ -308,8 +307,14 @@ class _Worker:
         for folder in ("", trace.folder_of(task.stage), "skipped"):
             remove_halves(self.root, folder)
         trace.cut_back(self.root, task.stage, step)
+        print(
+            f"stage {task.stage}  workers: {self.lanes.ranks}, steps {step - task.first_step} to "
+            f"{task.last_step - task.first_step}",
+            flush=True,
+        )
         trackers = Trackers(task.tracking, self.root, task.run_dir, step)
-        self.metrics = Metrics(self.root, task.name, task.stage, step, trackers)
+        saved = Store(self.root, task.stage).time(name_of(step))
+        self.metrics = Metrics(self.root, task.name, task.stage, step, trackers, saved)
         self.listener = Listener(task.notice) if task.notice is not None else None
 
     def _before_commit(self) -> None:

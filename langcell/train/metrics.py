@@ -3,7 +3,8 @@
 One JSON object a step, by rank 0; a resume first cuts the file back to its cursor, so that every step stands
 in it once, and notes that in recoveries.jsonl: what was lost, and since when. A local file is appended to; an
 object store knows no append, so there the file is written anew before each checkpoint, which is what a resume
-would cut it back to. A row that cannot be written waits for the next: no disk ends a training step.
+would cut it back to (steps that were lost are not seen there, nor counted as trained again). A row that
+cannot be written waits for the next: no disk ends a training step.
 """
 
 from __future__ import annotations
@@ -28,11 +29,18 @@ RECOVERIES = "recoveries.jsonl"
 class Metrics:
     """The writer of rank 0.
 
-    root: filesystem of the run directory; first_step: global step that the stage goes on from.
+    root: filesystem of the run directory; first_step: global step that the stage goes on from; saved: when
+    the checkpoint was made that it goes on from (s since 1970), if there is one.
     """
 
     def __init__(
-        self, root: fs.FileSystem, run: str, stage: int, first_step: int, trackers: Trackers
+        self,
+        root: fs.FileSystem,
+        run: str,
+        stage: int,
+        first_step: int,
+        trackers: Trackers,
+        saved: float | None = None,
     ) -> None:
         self._root, self._lock, self._trackers = root, threading.Lock(), trackers
         rows = cut_back(root, stage, first_step)
@@ -47,7 +55,8 @@ class Metrics:
             self._local = root.open_append_stream(METRICS)
         except NotImplementedError:
             self._lines = [_line(row) for row in rows]
-        self._gauges = Gauges(run, stage, read(root, RECOVERIES))
+        self._recoveries = read(root, RECOVERIES)
+        self._gauges = Gauges(run, stage, self._recoveries, saved)
 
     def write(self, row: dict[str, Any], losses: dict[str, float]) -> None:
         """One step: the row with its losses goes to the file, the gauges and the trackers. What is no number
@@ -65,12 +74,17 @@ class Metrics:
                     print(f"{METRICS}: {error}; the row waits for the next", flush=True)
                     if self._lines[0] != b"\n":
                         self._lines.insert(0, b"\n")  # ends what was written of it
+        if self._recoveries and "resumed" not in self._recoveries[-1]:
+            self._recoveries[-1]["resumed"] = whole["time"]
+            with contextlib.suppress(OSError):
+                _note(self._root, self._recoveries)
         self._gauges.step(whole, tuple(losses))
         self._trackers.log(whole)
 
     def committed(self) -> None:
         """A checkpoint was committed just now."""
         self._gauges.committed()
+        self._trackers.publish()
 
     def means(self, names: tuple[str, ...]) -> dict[str, float]:
         """Means of the losses `names` over the present epoch, its steps before a resume included."""
@@ -89,7 +103,6 @@ class Metrics:
 
     def publish(self) -> None:
         """See to it that the file holds every row. Raises OSError."""
-        self._trackers.publish()
         if self._local is None:
             with self._lock:
                 text = b"".join(self._lines)
@@ -126,12 +139,11 @@ def cut_back(root: fs.FileSystem, stage: int, first_step: int) -> list[dict[str,
     """Drop a stage's rows from global step `first_step` on, atomically, and note the recovery; what is left.
 
     Rows of the other stage stay. A stage that begins has no rows, and nothing is noted. A recovery: the step
-    gone on from, how many steps that trains again, and when (s since 1970) the last step before it stopped
-    and, once the next one is noted, when its own first step resumed.
+    gone on from, how many steps that trains again (as far as the file has them), and when (s since 1970) the
+    last step before it ended and, once there is one, its own first.
     """
     rows = read(root, METRICS)
     kept = [row for row in rows if row["stage"] != stage or row["step"] < first_step]
-    write_file(root, METRICS, b"".join(map(_line, kept)))
     before = [row for row in rows if row["stage"] == stage]
     if before:
         recovery = {
@@ -140,12 +152,15 @@ def cut_back(root: fs.FileSystem, stage: int, first_step: int) -> list[dict[str,
             "stopped": max(row["time"] for row in before),
         }
         noted = read(root, RECOVERIES)
-        if noted:
-            last, again = noted[-1], [row["time"] for row in rows if row["step"] == noted[-1]["step"]]
-            if again:
-                last.setdefault("resumed", again[0])
-            elif "resumed" not in last:  # it came to no step: still the same interruption
+        if noted and "resumed" not in noted[-1]:  # it came to no step: still the same interruption
+            last = noted.pop()
+            if last["stopped"] != recovery["stopped"]:  # else this very cut, which was not finished
                 recovery["steps_replayed"] += last["steps_replayed"]
-                recovery["stopped"] = noted.pop()["stopped"]
-        write_file(root, RECOVERIES, b"".join(map(_line, [*noted, recovery])))
+                recovery["stopped"] = max(recovery["stopped"], last["stopped"])
+        _note(root, [*noted, recovery])
+    write_file(root, METRICS, b"".join(map(_line, kept)))
     return kept
+
+
+def _note(root: fs.FileSystem, recoveries: list[dict[str, Any]]) -> None:
+    write_file(root, RECOVERIES, b"".join(map(_line, recoveries)))

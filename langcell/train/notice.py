@@ -19,14 +19,16 @@ import time
 from typing import Any, Literal
 
 import ray
-from ray.exceptions import RayError
+from ray.exceptions import ActorUnavailableError, RayError
 from ray.train.v2._internal.execution.callback import ControllerCallback
 from ray.train.v2._internal.execution.controller.state import ResizingState
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 Word = Literal["stop", "save"]
 ASK_S = 5.0
-"""How long rank 0 waits for one answer; a third of what it may be silent."""
+"""How long rank 0 waits for one answer; a third of what it may be silent (s)."""
+SAVE_S = 120.0
+"""How long Ray Train's controller waits for a checkpoint (s): it does nothing else meanwhile."""
 
 
 @ray.remote(num_cpus=0)
@@ -38,6 +40,9 @@ class _Notice:
 
     async def stop(self) -> bool:
         self._give("stop")
+        return self._listens
+
+    async def listens(self) -> bool:
         return self._listens
 
     async def save(self) -> bool:
@@ -75,10 +80,18 @@ async def _wait(event: asyncio.Event, seconds: float) -> None:
         await asyncio.wait_for(event.wait(), seconds)
 
 
+def stop(notice: Any) -> bool:
+    """Tell rank 0 to stop; whether there is one that hears it."""
+    try:
+        return bool(ray.get(notice.stop.remote(), timeout=3 * ASK_S))
+    except RayError:
+        return False
+
+
 def make_notice() -> Any:
     """An actor on this node, where the job's driver runs: it lives as long as the job does.
 
-    Its `stop` tells whether a rank 0 listens, its `save` whether a checkpoint was committed.
+    Its `save` tells whether a checkpoint was committed.
     """
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     return _Notice.options(scheduling_strategy=here, max_concurrency=100).remote()  # type: ignore[attr-defined]
@@ -94,7 +107,7 @@ class SaveBeforeResize(ControllerCallback):  # type: ignore[misc]
     def after_controller_state_update(self, previous_state: Any, current_state: Any) -> None:
         if isinstance(current_state, ResizingState):
             with contextlib.suppress(RayError):  # then they go on from an older one
-                ray.get(self._notice.save.remote())
+                ray.get(self._notice.save.remote(), timeout=SAVE_S)
 
 
 class Listener:
@@ -111,16 +124,18 @@ class Listener:
     def saved(self) -> None:
         """Answer that a checkpoint was committed."""
         self._words.discard("save")
-        ray.get(self._notice.saved.remote())
+        self._notice.saved.remote()  # who does not hear it goes on without
 
     def close(self) -> None:
         """Say that nobody listens any more."""
         self._closed = True
-        ray.get(self._notice.closed.remote())
+        self._notice.closed.remote()
 
     def _listen(self) -> None:
-        try:
-            while not self._closed:
+        while not self._closed:
+            try:
                 self._words |= ray.get(self._notice.wait.remote())
-        except RayError:
-            return  # the driver is gone, and the workers with it
+            except ActorUnavailableError:
+                time.sleep(1.0)  # the network; it comes back
+            except RayError:
+                return  # the driver is gone, and the workers with it

@@ -154,6 +154,11 @@ class Store:
         except FileNotFoundError:
             return None
 
+    def time(self, name: str) -> float | None:
+        """When a checkpoint was committed (s since 1970); None where it was not."""
+        info = self.root.get_file_info(f"{self.folder}/{name}/{RECORD}")
+        return None if info.mtime is None else info.mtime.timestamp()
+
     def committed(self) -> Iterator[tuple[str, Record]]:
         """Checkpoints with a readable record, the newest first; damaged ones are passed over, with a
         warning."""

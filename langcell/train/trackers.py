@@ -105,7 +105,7 @@ class Trackers:
             feed.put(lambda tracker: tracker.log(row["step"], figures))
 
     def publish(self) -> None:
-        """A checkpoint is about to be committed: what it would go on from shall be in the trackers too."""
+        """A checkpoint was committed: what it goes on from shall be in the trackers too."""
         for feed in self._feeds:
             feed.put(lambda tracker: tracker.publish())
 
@@ -204,11 +204,12 @@ class MLflow:
 
         self._mlflow = mlflow
         known = _id_of(root, "mlflow")
+        mlflow.end_run()  # one that a try before this began, and could not go on with
         run = mlflow.start_run(run_id=known, run_name=None if known else tracking.run)
+        _keep_id(root, "mlflow", run.info.run_id)
         self._last = run.data.metrics.get("step", -1)
-        if known is None:
+        if not run.data.params:
             mlflow.log_params(flat(tracking.params))
-            _keep_id(root, "mlflow", run.info.run_id)
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         if step > self._last:  # a value that was logged cannot be replaced: the step would have two
@@ -229,6 +230,7 @@ class WandB:
 
         self._wandb = wandb
         known = _id_of(root, "wandb") or uuid.uuid4().hex
+        _keep_id(root, "wandb", known)
         local = None if "://" in run_dir or "WANDB_DIR" in os.environ else absolute(run_dir)
         self._run = wandb.init(
             id=known,
@@ -238,7 +240,6 @@ class WandB:
             dir=local,
             settings=wandb.Settings(console="off"),  # a worker's output is Ray's
         )
-        _keep_id(root, "wandb", known)
 
     def log(self, step: int, figures: dict[str, float]) -> None:
         self._run.log(figures, step=step)  # W&B leaves out steps that it has

@@ -38,7 +38,8 @@ def alive(head: Head) -> dict[str, list[dict[str, float]]]:
 def test_a_job_brings_nodes_up_and_they_go(tmp_path: Path) -> None:
     launcher = [sys.executable, str(ROOT / "cluster" / "local.py"), "--idle-timeout-minutes=0.5"]
     with running_head(launcher) as head:
-        while not alive(head):
+        deadline = time.monotonic() + 60
+        while not alive(head) and time.monotonic() < deadline:
             time.sleep(0.5)  # the dashboard has not heard of the head yet
         assert list(alive(head)) == ["head"], "nodes stand there before anybody asked"
         resources = '--train.worker_resources={"trainer": 1}'

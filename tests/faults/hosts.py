@@ -237,7 +237,9 @@ def wired(
         directory = Path(tempfile.mkdtemp(prefix=f"langcell-{os.getpid()}-"))
         made.callback(shutil.rmtree, directory, ignore_errors=True)
         name = f"langcell-{os.getpid()}-{next(SERIAL)}"
-        net = Network(name, directory, resources, kept | ENVIRONMENT | dict(environment), dashboard)
+        # What `ray start` leaves of a cluster that is killed would mislead the next Ray of the machine.
+        kept |= ENVIRONMENT | {"RAY_TMPDIR": str(directory)}
+        net = Network(name, directory, resources, kept | dict(environment), dashboard)
         hosts = range(len(resources))
         for namespace in (net.switch, *map(net.namespace, hosts)):
             ip("netns", "add", namespace)

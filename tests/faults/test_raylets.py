@@ -50,7 +50,7 @@ def test_fewer_workers_go_on_until_a_node_comes_back(straight: Straight, tiny: T
     run_dir = tmp_path / "run"
     elastic = {"min_workers": 1, "resize_s": 1.0, "worker_resources": {"trainer": 2}, "checkpoint_steps": 0}
     said = lose_a_raylet(tiny, run_dir, 25, how="return", **elastic)
-    sizes = re.findall(r"Attempting to start training worker group of size (\d)", said)
+    sizes = re.findall(r"stage \d  workers: (\d)", said)
     assert sizes[-2:] == ["1", "2"], sizes
     lost, grown = tiny.recoveries(run_dir)
     assert lost["step"] == EPOCH, "nothing was saved before the node was lost"

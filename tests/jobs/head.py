@@ -80,6 +80,8 @@ def running_head(
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
         "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",  # an activated environment
         "RAY_AUTH_MODE": "disabled",
+        # What `ray start` leaves of a cluster that is killed would mislead the next Ray of the machine.
+        "RAY_TMPDIR": str(directory),
         "RAY_metrics_report_interval_ms": "500",  # 10 s by default: this run is about as short
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",  # nothing to drain at the end
         **environment,

@@ -16,6 +16,7 @@ from ray.cluster_utils import Cluster
 
 from langcell.errors import RunError
 from langcell.recipes import doctor
+from tests.jobs.head import free_ports
 from tests.recipes.making import ROOT, argv, config
 from tests.s3server import ENVIRONMENT, Fault, s3_server
 
@@ -52,7 +53,9 @@ def test_nothing_is_wrong(demo_uri: str, demo_corpus: Path, tmp_path: Path) -> N
     assert not (demo_corpus / ".doctor").exists()
 
 
-def test_half_a_corpus_and_a_damaged_one(demo_uri: str, demo_corpus: Path, tmp_path: Path) -> None:
+def test_half_a_corpus_and_a_damaged_one(
+    ray_session: None, demo_uri: str, demo_corpus: Path, tmp_path: Path
+) -> None:
     half = tmp_path / "half"
     shutil.copytree(demo_corpus, half)
     (half / "manifest.json").unlink()
@@ -66,6 +69,17 @@ def test_half_a_corpus_and_a_damaged_one(demo_uri: str, demo_corpus: Path, tmp_p
     [damaged] = doctor._corpus(config(demo_uri, half))
     assert damaged.state == "red"
     assert "is damaged: blocks/train/" in damaged.detail
+    nowhere = "s3://runs/corpus?endpoint_override=127.0.0.1:1&scheme=http"
+    [unreachable] = doctor._corpus(config(demo_uri, nowhere))
+    assert unreachable.state == "red"
+
+
+def test_a_check_that_fails_loses_no_other(demo_uri: str, demo_corpus: Path) -> None:
+    def broken(_: object) -> list[doctor.Row]:
+        raise RuntimeError("out of order")
+
+    [row] = doctor._rows_of(broken, config(demo_uri, demo_corpus))
+    assert (row.check, row.state, row.detail) == ("broken", "red", "RuntimeError: out of order")
 
 
 def test_what_is_missing_refused_or_too_small(
@@ -90,7 +104,7 @@ def test_what_is_missing_refused_or_too_small(
     assert said.count("cannotbewrittento") == 2, "run.dir and corpus.dir"
     assert "noSOMAcollection" in said
     assert f"{nowhere}/bert" in said
-    assert squeezed("no place for 64 workers of CPU 1 within 2 s; the cluster has CPU 4") in said
+    assert squeezed("no place in time for 64 workers of CPU 1; the cluster has CPU 4") in said
 
 
 def test_too_little_memory(
@@ -99,7 +113,7 @@ def test_too_little_memory(
     large = {"train__micro_batch": 4096, "train__global_batch": 4096, "train__num_workers": 1}
     wide = {"model__cell_layers": 6, "model__cell_width": 256}
     said = red(capsys, demo_uri, demo_corpus, run__dir=tmp_path / "run", **large, **wide)
-    assert squeezed("GB a worker is foretold, more than 90% of") in said
+    assert squeezed("GB a worker is foretold, more than 80% of") in said
 
 
 @pytest.fixture
@@ -120,8 +134,9 @@ def other_node(tmp_path: Path) -> Iterator[tuple[str, Path]]:
         f"{shlex.quote(str(Path(sys.executable).parent / 'ray'))} start --block --address={cluster.address}"
     )
     start += " --num-cpus=2 --object-store-memory=80000000 --node-ip-address=127.0.0.2"
+    start += " --dashboard-agent-listen-port={} --dashboard-agent-grpc-port={}".format(*free_ports(2))
     script = f"mount -t tmpfs langcell-test {shlex.quote(str(place))} && exec {start}"
-    environment = {**os.environ, "PYTHONPATH": str(shadow.parent)}
+    environment = {**os.environ, "PYTHONPATH": str(shadow.parent), "RAY_TMPDIR": str(tmp_path)}
     node = subprocess.Popen(["unshare", "--mount", "sh", "-c", script], env=environment)
     try:
         yield cluster.address, place

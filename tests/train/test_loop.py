@@ -10,6 +10,7 @@ import pytest
 from langcell.recipes.training import fit
 from langcell.storage import open_root, write_file
 from langcell.train import metrics
+from langcell.train.trackers import Trackers, Tracking
 from tests.faults.making import Tiny
 
 
@@ -38,7 +39,8 @@ def test_half_a_row_spoils_no_other(tmp_path: Path) -> None:
 
 def test_metrics_are_cut_back_and_the_cut_is_counted(tmp_path: Path) -> None:
     root = open_root(str(tmp_path))
-    text = "".join(f'{{"step": {i}, "stage": 2, "time": {100 + i}}}\n' for i in range(5)) + '{"step": 5, "ti'
+    rows = [f'{{"step": {i}, "stage": 2, "epoch": 0, "time": {100 + i}}}\n' for i in range(5)]
+    text = "".join(rows) + '{"step": 5, "ti'
     write_file(root, metrics.METRICS, text.encode())
     assert len(metrics.cut_back(root, 1, 0)) == 5
     assert (tmp_path / metrics.METRICS).read_text().endswith("\n"), "half a line would spoil the next one"
@@ -48,8 +50,9 @@ def test_metrics_are_cut_back_and_the_cut_is_counted(tmp_path: Path) -> None:
     assert metrics.read(root, metrics.RECOVERIES) == [{"step": 3, "steps_replayed": 2, "stopped": 104}]
     metrics.cut_back(root, 2, 2)  # it came to no step, and went back further: one interruption
     assert metrics.read(root, metrics.RECOVERIES) == [{"step": 2, "steps_replayed": 3, "stopped": 104}]
-    with (tmp_path / metrics.METRICS).open("a") as file:
-        file.write('{"step": 2, "stage": 2, "time": 200}\n')
+    run = metrics.Metrics(root, "run", 2, 2, Trackers(Tracking(), root, str(tmp_path), 2))
+    run.write({"step": 2, "stage": 2, "epoch": 0, "time": 200.0}, {})
+    run.close()
     metrics.cut_back(root, 2, 3)  # stopped with nothing lost: a recovery all the same
     first, second = metrics.read(root, metrics.RECOVERIES)
     assert first == {"step": 2, "steps_replayed": 3, "stopped": 104, "resumed": 200}
