@@ -24,7 +24,7 @@ class Progress:
 
     def __init__(self, name: str, slices: int) -> None:
         self._bar = tqdm(total=slices, desc=name, unit="slice")
-        self._began, self._cells = time.monotonic(), 0
+        self._began, self._slices, self._cells = time.monotonic(), 0, 0
         self._gauges = {
             key: Gauge(f"langcell_prepare_{key}", text, ("pass",)) for key, text in GAUGES.items()
         }
@@ -42,6 +42,7 @@ class Progress:
     def add(self, cells: int) -> None:
         """A slice of `cells` cells is through."""
         self._bar.update()
+        self._slices += 1  # a bar that is switched off does not count
         self._cells += cells
-        self._gauges["slices"].set(self._bar.n)
+        self._gauges["slices"].set(self._slices)
         self._gauges["cells_per_s"].set(self._cells / (time.monotonic() - self._began))

@@ -65,6 +65,7 @@ class _Notice:
 
     async def closed(self) -> None:
         self._asked = -math.inf
+        self._given.set()  # lets the last question go
 
     @property
     def _listens(self) -> bool:

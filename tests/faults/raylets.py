@@ -4,8 +4,8 @@
 
 - kill: a raylet under which a worker runs is killed, and with it its workers;
 - return: the same, and once the run goes on another node joins;
-- drain: Ray is told that such a node will be taken away, as a spot node is, and it is once stage 2 has a
-  checkpoint;
+- drain: Ray is told that such a node will be taken away, as a spot node is, and it is once a checkpoint was
+  made after that;
 - head: the node of head, controller and driver is lost; the others live on, their pids are printed.
 """
 
@@ -56,6 +56,12 @@ def drain(address: str, node_id: str) -> None:
     print("a node is drained", flush=True)
 
 
+def newest(run: Path) -> int:
+    """Step of the newest whole checkpoint of stage 2; 0: there is none."""
+    whole = run.glob("checkpoints/stage2/step-*/checkpoint.json")
+    return max((int(path.parent.name.removeprefix("step-")) for path in whole), default=0)
+
+
 def main() -> None:
     run_dir, folder, options, step, how = sys.argv[1:]
     run = Path(run_dir)
@@ -81,7 +87,7 @@ def main() -> None:
         lost = next(node for node in nodes if trains(node))
         if how == "drain":
             drain(cluster.address, lost.node_id)
-            wait_until(lambda: list(run.glob("checkpoints/stage2/*/checkpoint.json")))
+            wait_until(lambda: newest(run) > int(step))
         raylet_of(lost).kill()
         print("a raylet is killed", flush=True)
         if how == "return":

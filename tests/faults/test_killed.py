@@ -36,17 +36,25 @@ def kill_one(draw: random.Random) -> bool:
     return bool(found)
 
 
-def test_workers_killed_at_ten_steps_change_no_number(straight: Straight, tiny: Tiny, tmp_path: Path) -> None:
-    """SIGKILL of a worker at ten steps of 69: eight drawn ones, the last of an epoch and the last of stage
-    1."""
+def is_written(run_dir: Path) -> bool:
+    """Whether a checkpoint's folder stands without its record."""
+    folders = run_dir.glob("checkpoints/stage*/step-*")
+    return any(not (folder / "checkpoint.json").exists() for folder in folders)
+
+
+def test_workers_killed_ten_times_change_no_number(straight: Straight, tiny: Tiny, tmp_path: Path) -> None:
+    """SIGKILL of a worker at ten steps of 69: six drawn ones, the last of an epoch, the last of stage 1, and
+    two when a checkpoint is being written, which is not taken for one."""
     draw, run_dir = random.Random(6), tmp_path / "run"
-    boundaries = {EPOCH - 1, 2 * EPOCH - 1}
-    at = sorted({*draw.sample([s for s in range(2, STEPS - 2) if s not in boundaries], 8), *boundaries})
+    boundaries, writing = {EPOCH - 1, 2 * EPOCH - 1}, {10, 50}
+    drawn = [step for step in range(2, STEPS - 2) if step not in boundaries | writing]
+    at = sorted({*draw.sample(drawn, 6), *boundaries, *writing})
     left = list(at)
 
     def kill(done: threading.Event) -> None:
-        while left and not done.wait(0.005):
-            if last_step(run_dir) >= left[0] and kill_one(draw):
+        while left and not done.wait(0.0005 if left[0] in writing else 0.005):
+            due = last_step(run_dir) >= left[0] and (left[0] not in writing or is_written(run_dir))
+            if due and kill_one(draw):
                 del left[0]
                 done.wait(3)  # the group is taken down
 
@@ -55,27 +63,9 @@ def test_workers_killed_at_ten_steps_change_no_number(straight: Straight, tiny: 
     assert not left, "a kill did not happen"
     same(run_dir, straight, trained)
     recoveries = tiny.recoveries(run_dir)
-    assert len(recoveries) >= len(at) - 1  # one at a stage's very end finds it finished
+    assert len(recoveries) >= len(at) - 3  # one at a stage's end finds it finished; two may be one
     replayed = sum(recovery["steps_replayed"] for recovery in recoveries)
     assert 0 < replayed <= 9 * len(at), "more than what lies between two checkpoints"
-
-
-def test_killed_while_a_checkpoint_is_written(straight: Straight, tiny: Tiny, tmp_path: Path) -> None:
-    """A worker dies while a checkpoint's folder stands without its record: it is not taken for one."""
-    draw, run_dir, killed = random.Random(7), tmp_path / "run", []
-
-    def kill(done: threading.Event) -> None:
-        while len(killed) < 2 and not done.wait(0.0005):
-            for folder in run_dir.glob("checkpoints/stage*/step-*"):
-                if folder.name not in killed and not (folder / "checkpoint.json").exists() and kill_one(draw):
-                    killed.append(folder.name)
-                    done.wait(8)
-                    break
-
-    with watched(kill):
-        trained = train(tiny, run_dir, max_failures=4)
-    assert len(killed) == 2
-    same(run_dir, straight, trained)
 
 
 def test_the_undisturbed_run_sees_each_cell_once(straight: Straight, tiny: Tiny) -> None:
