@@ -42,7 +42,7 @@ def running_prometheus(head: Head, folder: Path) -> Iterator[Prometheus]:
     config["global"] = {"scrape_interval": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(MONITORING / name) for name in config["rule_files"]]
     (job,) = config["scrape_configs"]
-    assert job["file_sd_configs"][0]["files"] == [f"/tmp/ray/{DISCOVERY}"]
+    assert job["file_sd_configs"][0]["files"][0] == f"/tmp/ray/{DISCOVERY}"
     job["file_sd_configs"][0] = {"files": [str(head.dir / DISCOVERY)], "refresh_interval": "1s"}
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     (port,) = free_ports(1)
