@@ -25,6 +25,7 @@ import ray.util
 import torch
 import torch.distributed as dist
 from ray.experimental import tqdm_ray
+from ray.train.v2._internal.execution import context as train_context
 from torch import Tensor
 
 from langcell.batch import MicroBatch
@@ -56,7 +57,8 @@ ASK_S = 5.0
 
 def run_stage(task: StageTask) -> Outcome:
     """The `train_loop_per_worker` of a stage."""
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
+    for chatty in ("ray.data", train_context.__file__):  # which names its logger by its file
+        logging.getLogger(chatty).setLevel(logging.WARNING)
     if task.train.deterministic:
         make_deterministic()
     board = live.board()

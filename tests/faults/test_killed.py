@@ -94,6 +94,9 @@ def test_a_stopped_worker_is_named_and_replaced(straight: Straight, tiny: Tiny, 
     same(run_dir, straight, trained)
     logs = Path(ray._private.worker._global_node.get_logs_dir_path())
     said = "".join(log.read_text(errors="replace") for log in logs.glob("worker-*.err"))
+    # Rank 0 hears the others' pulse, and names the one that has none; what is heard of rank 0 is its store.
     assert re.search(
-        r"rank (\d): no progress for 10 s .*: rank (?!\1)\d gives no sign of life: .* of step \d+, on", said
+        r"rank (\d): no progress for 10 s .*: (rank (?!\1)\d gives no sign of life: .* of step \d+, on"
+        r"|rank 0 is behind or cut off)",
+        said,
     )
