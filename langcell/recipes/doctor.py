@@ -57,6 +57,7 @@ def run(config: Config, *, nodes_s: float = NODES_S) -> list[dict[str, str]]:
     """
     config = with_absolute_paths(config)
     rows: list[Row] = []
+    print(f"placing {config.train.num_workers} workers, which may bring up nodes", flush=True)
     with connect(config.run), _placed(config, nodes_s) as workers:
         # With the workers in their places: nodes that came for them are looked at too.
         for part in (_software, _storage, _corpus, _weights, partial(_workers, workers=workers)):
