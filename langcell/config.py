@@ -14,7 +14,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
@@ -53,13 +53,22 @@ def parse(description: str, default: Path, argv: Sequence[str] | None = None) ->
     default: the preset that is read where no `--config` is given. Raises InputError on a key or a
     value that is wrong.
     """
-    return parse_job(description, default, argv)[0]
+    return parse_tree(Config, description, default, argv)[0]
 
 
-def parse_job(
-    description: str, default: Path, argv: Sequence[str] | None = None, *, can_plan: bool = False
-) -> tuple[Config, bool]:
-    """The configuration, and whether the job `can_plan` and `--plan` is given."""
+Tree = TypeVar("Tree")
+
+
+def parse_tree(
+    tree: type[Tree],
+    description: str,
+    default: Path,
+    argv: Sequence[str] | None = None,
+    *,
+    can_plan: bool = False,
+) -> tuple[Tree, bool]:
+    """The options of a job whose rooms are the fields of the dataclass `tree`, and whether it `can_plan` and
+    `--plan` is given."""
     set_parsing_settings(docstring_parse_attribute_docstrings=True)
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = ArgumentParser(
@@ -72,7 +81,8 @@ def parse_job(
         parser.add_argument(
             "--plan", action="store_true", help="Only say what the job would take: read obs, start nothing."
         )
-    for room in dataclasses.fields(Config):
+    rooms = dataclasses.fields(tree)  # type: ignore[arg-type]
+    for room in rooms:
         parser.add_class_arguments(room.default_factory, room.name)  # type: ignore[arg-type]
     if not any(arg == "--config" or arg.startswith("--config=") for arg in argv):
         argv = ["--config", str(default), *argv]
@@ -80,13 +90,15 @@ def parse_job(
         values = parser.parse_args(argv)
     except ArgumentError as error:
         raise InputError(f"configuration: {error} (every key: --help)") from error
-    config = Config(
+    config = tree(
         **{
             room.name: room.default_factory(**vars(values[room.name]))  # type: ignore[operator, misc]
-            for room in dataclasses.fields(Config)
+            for room in rooms
         }
     )
-    validate(config)
+    check_bounds(config)
+    if isinstance(config, Config):
+        check_training(config)
     return config, can_plan and values["plan"]
 
 
@@ -160,20 +172,25 @@ BOUNDS: dict[str, tuple[float, float]] = {
 """Least and greatest value of every number that has one."""
 
 
-def validate(config: Config) -> None:
+def check_bounds(config: Any) -> None:
     """Check what a type cannot say. Raises InputError naming the key, its value and what it may be.
 
     First what must not be printed: a URI with credentials, whose value no message repeats.
     """
-    for option, text in _texts(dataclasses.asdict(config)):
+    given = dataclasses.asdict(config)
+    for option, text in _texts(given):
         if "://" in text:
             refuse_secrets(option, text)
     for key, (least, greatest) in BOUNDS.items():
         room, name = key.split(".")
-        value = getattr(getattr(config, room), name)
+        value = given.get(room, {}).get(name)
         if value is not None and not least <= value <= greatest:
             most = "" if greatest == math.inf else f", at most {greatest:g}"
             raise InputError(f"--{key} is {value}; it must be at least {least:g}{most}.")
+
+
+def check_training(config: Config) -> None:
+    """Check what options of a training say together. Raises InputError."""
     if config.model.cell_width % config.model.cell_heads:
         raise InputError(
             f"--model.cell_width ({config.model.cell_width}) must be a multiple of --model.cell_heads "
@@ -216,6 +233,6 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
             yield from _texts(inner, key)
 
 
-def to_yaml(config: Config) -> str:
+def to_yaml(config: Any) -> str:
     """The resolved configuration, readable by `--config`."""
     return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)

@@ -7,27 +7,29 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from langcell.config import Config, parse_job
+from langcell.config import Config, parse_tree
 from langcell.errors import InputError, Interrupted, RunError
 
 FAILED, INPUT_ERROR, RESUME = 1, 2, 75
 
 
 def main(
-    recipe: Callable[[Config], Any],
+    recipe: Callable[[Any], Any],
     description: str,
     default: Path,
     argv: Sequence[str] | None = None,
     *,
-    plan: Callable[[Config], Any] | None = None,
+    tree: type = Config,
+    plan: Callable[[Any], Any] | None = None,
 ) -> int:
     """Exit code of a job: 0; 2 with a message on stderr for what the user can mend; 1 with one for a run that
     cannot go on; 75 for one that was told to stop and can be resumed.
 
-    plan: what `--plan` runs instead of the recipe, for a job that can say beforehand what it will take.
+    tree: the dataclass whose fields are the rooms of the job's options. plan: what `--plan` runs instead of
+    the recipe, for a job that can say beforehand what it will take.
     """
     try:
-        config, only_plan = parse_job(description, default, argv, can_plan=plan is not None)
+        config, only_plan = parse_tree(tree, description, default, argv, can_plan=plan is not None)
         (plan if plan and only_plan else recipe)(config)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -20,3 +20,34 @@ class RunOptions:
     """Ray cluster to join: `auto` or host:port. None: the one named by RAY_ADDRESS, else one is started here."""
     trackers: list[Literal["tensorboard", "mlflow", "wandb"]] = field(default_factory=list)
     """What the figures of metrics.jsonl go to as well: `tensorboard` (event files in `dir`), `mlflow`, `wandb` (both as their environment variables say). The packages of the last two are yours to install."""
+
+
+@dataclass
+class PlaceOptions:
+    """Where a job leaves what it makes, and the cluster it runs on."""
+
+    dir: str = "runs/job"
+    """Folder of what the job makes, summary.json among it."""
+    ray_address: str | None = None
+    """Ray cluster to join: `auto` or host:port. None: the one named by RAY_ADDRESS, else one is started here."""
+
+
+@dataclass
+class AblationOptions:
+    """Which parts of the objective are left out or exchanged, one at a time."""
+
+    variants: list[str] = field(
+        default_factory=lambda: [
+            "all",
+            "no_mgm",
+            "no_cc",
+            "no_ct",
+            "no_ctm",
+            "paper",
+            "mgm_view",
+            "ctm_mining",
+        ]
+    )
+    """Runs that are compared: `all` four losses as configured, each loss left out, the published objective (`paper`), and the other value of `objective.mgm_view` and `objective.ctm_mining`."""
+    concurrent: int = 1
+    """Runs that train at the same time (count)."""

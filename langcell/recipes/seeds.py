@@ -32,25 +32,31 @@ def run(config: Config) -> dict[str, Any]:
     """
     if "://" in config.run.dir:
         raise InputError(f"run.dir: {config.run.dir} is a URI; several seeds are run in a folder.")
-    summaries = {}
     with connect(config.run):
-        for seed in range(config.train.seed, config.train.seed + config.run.seeds):
-            directory = Path(config.run.dir) / f"seed-{seed}"
-            stored = directory / "summary.json"
-            of_seed = replace(
-                config,
-                run=replace(config.run, dir=str(directory), resume="auto"),
-                train=replace(config.train, seed=seed),
-            )
-            if stored.exists():
-                check_free(with_absolute_paths(of_seed))
-            else:
-                pretrain.run(of_seed)
-            summaries[seed] = json.loads(stored.read_text())
+        summaries = {
+            seed: run_once(config, Path(config.run.dir) / f"seed-{seed}", seed)
+            for seed in range(config.train.seed, config.train.seed + config.run.seeds)
+        }
     result = average(summaries)
     write_whole(Path(config.run.dir) / "summary.json", json.dumps(result, indent=2))
     print(markdown(result), flush=True)
     return result
+
+
+def run_once(config: Config, directory: Path, seed: int) -> dict[str, Any]:
+    """The summary of the main job with this seed in `directory`; a run that is whole is not run again, one
+    that was cut off goes on. Raises InputError where the run there had other settings."""
+    of_seed = replace(
+        config,
+        run=replace(config.run, dir=str(directory), resume="auto"),
+        train=replace(config.train, seed=seed),
+    )
+    stored = directory / "summary.json"
+    if stored.exists():
+        check_free(with_absolute_paths(of_seed))
+    else:
+        pretrain.run(of_seed)
+    return json.loads(stored.read_text())
 
 
 def average(summaries: dict[int, dict[str, Any]]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import ray
 
 from langcell.corpus.tasks import ONE_ARENA
 from langcell.errors import InputError
-from langcell.recipes.options import RunOptions
+from langcell.recipes.options import PlaceOptions, RunOptions
 
 ENVIRONMENT = {
     # A worker's death and its reports are noticed at this cadence; 2 s a report by default.
@@ -33,7 +33,7 @@ ENVIRONMENT = {
 
 
 @contextmanager
-def connect(options: RunOptions) -> Iterator[None]:
+def connect(options: RunOptions | PlaceOptions) -> Iterator[None]:
     """Run the body connected to Ray. Raises InputError for an address where no cluster answers."""
     os.environ.update({name: os.environ.get(name, value) for name, value in ENVIRONMENT.items()})
     if ray.is_initialized():
