@@ -47,12 +47,15 @@ class Question:
 class Scores:
     """Scores of the candidates of each cell, float32 on the CPU; the largest of a row is the answer.
 
-    ct_NC: logits1, rows sum to 1. two_step_NC: in [0, 1] for the top k; a pruned candidate has
-    log(logits1) <= 0 instead, so that it ranks below every matched one and pruned ones keep their
-    order down to the smallest probability. None where matching was not asked for.
+    z_NP: the cells' embeddings, of unit length. ct_NC: logits1, rows sum to 1. match_NC: logits2, whose rows
+    sum to 1 over the top k; 0 for a pruned candidate. two_step_NC: in [0, 1] for the top k; a pruned
+    candidate has log(logits1) <= 0 instead, so that it ranks below every matched one and pruned ones keep
+    their order down to the smallest probability. None where matching was not asked for.
     """
 
+    z_NP: Tensor
     ct_NC: Tensor
+    match_NC: Tensor | None
     two_step_NC: Tensor | None
 
 
@@ -65,15 +68,19 @@ def zero_shot(
     a: float | None,
     top_k: int,
     batch_tokens: int,
+    z_KP: Tensor | None = None,
 ) -> Scores:
     """Scores of every text for every cell.
 
-    texts: the candidates, tokenised. tau: temperature of the contrast. a: weight of the contrast
-    among the `top_k` candidates that are matched (0.1 in the released code); None: contrast alone.
-    batch_tokens: most cell tokens, and most text tokens of matched pairs, of one forward.
+    texts: the candidates, tokenised. z_KP: their embeddings (`embed.project_texts`) where they are known
+    already, so that they are encoded once for any number of calls. tau: temperature of the contrast. a:
+    weight of the contrast among the `top_k` candidates that are matched (0.1 in the released code); None:
+    contrast alone. batch_tokens: most cell tokens, and most text tokens of matched pairs, of one forward.
     """
     everything = Question(torch.arange(len(cells)), torch.arange(len(texts)))
-    return answer(model, cells, texts, [everything], tau=tau, a=a, top_k=top_k, batch_tokens=batch_tokens)[0]
+    return answer(
+        model, cells, texts, [everything], tau=tau, a=a, top_k=top_k, batch_tokens=batch_tokens, z_KP=z_KP
+    )[0]
 
 
 def answer(
@@ -86,19 +93,20 @@ def answer(
     a: float | None,
     top_k: int,
     batch_tokens: int,
+    z_KP: Tensor | None = None,
 ) -> list[Scores]:
     """As `zero_shot`, for several questions about the same cells and texts: one `Scores` a question."""
     if top_k < 1:
         raise ValueError(f"top_k must be at least 1, not {top_k}")
-    ct: list[list[Tensor]] = [[] for _ in questions]
-    two_step: list[list[Tensor]] = [[] for _ in questions]
+    found: list[list[Scores]] = [[] for _ in questions]
     with inferring(model) as device:
-        z_KP = project_texts(model, texts, batch_tokens)
+        z_KP = project_texts(model, texts, batch_tokens) if z_KP is None else z_KP.to(device)
         texts = texts.to(device)
         for first, batch in batches(cells, batch_tokens):
             batch = batch.to(device)
             states_TD = model.cell_states(batch)
-            logit_BK = model.project_cells(states_TD, batch).float() @ z_KP.T / tau
+            z_BP = model.project_cells(states_TD, batch).float()
+            logit_BK = z_BP @ z_KP.T / tau
             match_BK = torch.zeros_like(logit_BK, dtype=torch.bool)
             asked = []
             for question in questions:
@@ -111,15 +119,13 @@ def answer(
                 asked.append((rows, columns, logit_NC, top_NC))
             if a is not None:
                 p_BK = _p_match(model, states_TD, batch, texts, match_BK, batch_tokens)
-            for i, (rows, columns, logit_NC, top_NC) in enumerate(asked):
-                ct[i].append(logit_NC.softmax(1).cpu())
-                if a is not None:
-                    p_NC = p_BK[rows[:, None], columns]
-                    two_step[i].append(_combine(logit_NC, p_NC, top_NC, a).cpu())
-    empty = [torch.empty(0, len(question.columns_C)) for question in questions]
+            for parts, (rows, columns, logit_NC, top_NC) in zip(found, asked, strict=True):
+                p_NC = None if a is None else p_BK[rows[:, None], columns]
+                parts.append(_scores(z_BP[rows], logit_NC, p_NC, top_NC, a))
+    width = z_KP.shape[1]
     return [
-        Scores(torch.cat([e, *c]), None if a is None else torch.cat([e, *t]))
-        for e, c, t in zip(empty, ct, two_step, strict=True)
+        _joined(parts, width, len(question.columns_C), a)
+        for parts, question in zip(found, questions, strict=True)
     ]
 
 
@@ -148,8 +154,25 @@ def _p_match(
     return p_BK
 
 
-def _combine(logit_NC: Tensor, p_NC: Tensor, top_NC: Tensor, a: float) -> Tensor:
-    """The two-step scores (see `Scores`) from contrast, P(match) and where the top k stand."""
-    matched_NC = p_NC.masked_fill(~top_NC, -torch.inf).softmax(1)
-    kept_NC = a * logit_NC.softmax(1) + (1 - a) * matched_NC
-    return torch.where(top_NC, kept_NC, logit_NC.log_softmax(1))
+def _scores(z_NP: Tensor, logit_NC: Tensor, p_NC: Tensor | None, top_NC: Tensor, a: float | None) -> Scores:
+    """`Scores` from embeddings, contrast, P(match) and where the top k stand."""
+    ct_NC = logit_NC.softmax(1)
+    if p_NC is None or a is None:
+        return Scores(z_NP.cpu(), ct_NC.cpu(), None, None)
+    match_NC = p_NC.masked_fill(~top_NC, -torch.inf).softmax(1)
+    two_step_NC = torch.where(top_NC, a * ct_NC + (1 - a) * match_NC, logit_NC.log_softmax(1))
+    return Scores(z_NP.cpu(), ct_NC.cpu(), match_NC.cpu(), two_step_NC.cpu())
+
+
+def _joined(parts: list[Scores], width: int, candidates: int, a: float | None) -> Scores:
+    """The scores of all batches, one after the other; no rows where there were none."""
+    nothing = torch.empty(0, candidates)
+    second = None if a is None else nothing
+    parts = [Scores(torch.empty(0, width), nothing, second, second), *parts]
+
+    def join(name: str) -> Tensor:
+        return torch.cat([getattr(part, name) for part in parts])
+
+    if a is None:
+        return Scores(join("z_NP"), join("ct_NC"), None, None)
+    return Scores(*(join(name) for name in ("z_NP", "ct_NC", "match_NC", "two_step_NC")))
