@@ -54,3 +54,56 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     command = [sys.executable, str(job), f"--config={demo}", "--run.ray_address=local", *argv(folder)]
     subprocess.run(command, check=True, capture_output=True, timeout=300)
     return Tiny(folder)
+
+
+@pytest.fixture(scope="session")
+def export(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An untrained model in the shape of the demo's export: its genes, medians and cell types, a cell encoder
+    of one layer of 32, MiniLM."""
+    import numpy as np
+    import pyarrow as pa
+
+    from langcell.cells.beta import Beta
+    from langcell.cells.normalize import normalize
+    from langcell.cells.vocabulary import Vocabulary
+    from langcell.census.demo import DEMO_TYPES, _cells
+    from langcell.inference.pretrained import TYPES, Pretrained
+    from langcell.model.interop import build_model, load_tokenizer
+    from langcell.model.options import ModelOptions
+    from langcell.text.ontology import Ontology
+
+    counts, obs, var = _cells()
+    counts.data = normalize(counts, obs["raw_sum"].to_numpy())
+    columns = counts.tocsc()
+    genes = var["feature_id"].to_pylist()
+    medians = [np.median(columns.data[slice(*columns.indptr[i : i + 2])]) for i in range(len(genes))]
+    beta = Beta(genes, genes, np.diff(columns.indptr).astype(np.int64), np.array(medians, np.float32))
+    vocabulary = Vocabulary.from_beta(beta)
+    options = ModelOptions(cell_layers=1, cell_width=32, cell_heads=4, text_pooling="mean")
+    terms = sorted(DEMO_TYPES.values())
+    ontology = Ontology.packaged()
+    labels = [term.label for term in map(ontology.get, terms) if term is not None]
+    blood = ["UBERON:0000178"] * len(terms)
+    directory = tmp_path_factory.mktemp("export") / "tiny"
+    Pretrained(
+        model=build_model(options, vocabulary.size, 128, seed=0).eval(),
+        tokenizer=load_tokenizer("minilm"),
+        vocabulary=vocabulary,
+        beta=beta,
+        config={
+            "projection": options.projection,
+            "pooling": "mean",
+            "organism": "homo_sapiens",
+            "max_length": 128,
+            "tau": 0.2,
+            "text": {"facets": ["cell_type", "tissue"], "define": ["cell_type"], "max_length": 64},
+            "beta_hash": beta.hash,
+            "vocabulary_hash": vocabulary.hash,
+        },
+        types=pa.Table.from_arrays(
+            [pa.array(column) for column in (terms, labels, blood, blood, [70] * len(terms))], schema=TYPES
+        ),
+        name="tiny",
+        card="# tiny",
+    ).save_pretrained(directory)
+    return directory
