@@ -26,7 +26,7 @@ from langcell.errors import InputError, refuse_secrets
 from langcell.inference.options import EvalOptions
 from langcell.model.options import ModelOptions
 from langcell.objective.options import TAU_RANGE, ObjectiveOptions
-from langcell.recipes.options import RunOptions
+from langcell.recipes.options import ExportOptions, RunOptions
 from langcell.text.options import TextOptions
 from langcell.train.options import TrainOptions
 
@@ -45,6 +45,7 @@ class Config:
     objective: ObjectiveOptions = field(default_factory=ObjectiveOptions)
     train: TrainOptions = field(default_factory=TrainOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
+    export: ExportOptions = field(default_factory=ExportOptions)
 
 
 def parse(description: str, default: Path, argv: Sequence[str] | None = None) -> Config:

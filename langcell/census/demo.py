@@ -76,6 +76,18 @@ def build_demo(path: str) -> str:
     return build_whole(path, write)
 
 
+def demo_adata() -> anndata.AnnData:
+    """The same cells as an AnnData: raw counts in X (float32 CSR), obs and var of the Census.
+
+    obs has `soma_joinid`, the facets with their ontology ids and `raw_sum`; its index is the barcodes, var's
+    the symbols. Raises as `build_demo`.
+    """
+    counts, obs, var = _cells()
+    cells = obs.to_pandas().set_index("observation_joinid").rename_axis(None)
+    genes = var.to_pandas().set_index("feature_id", drop=False).rename_axis(None)
+    return anndata.AnnData(counts, obs=cells, var=genes)
+
+
 def _source() -> Path:
     spec = importlib.util.find_spec("scanpy")
     if spec is None or spec.origin is None:

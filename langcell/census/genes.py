@@ -19,13 +19,8 @@ import numpy as np
 import pandas as pd
 import pyarrow as pa
 
-from langcell.census.symbols import GENES_OF, ensembl_id
+from langcell.cells.symbols import GENES_OF, ID_COLUMNS, NAME_COLUMNS, ensembl_id, names_in
 from langcell.errors import InputError
-
-_ID_COLUMNS = ("feature_id", "ensembl_id", "gene_ids")
-"""Columns of var that hold ids where the index holds names or numbers: of a Census, of the CELLxGENE
-schema's forerunners, of scanpy's reader of 10x files."""
-_NAME_COLUMNS = ("feature_name", "gene_name", "gene_symbols")
 
 
 @dataclass(frozen=True)
@@ -128,19 +123,19 @@ def _given_ids(var: pd.DataFrame, column: str | None, path: str) -> list[str]:
                 f"{path}: var has no column {column}, which census.obs_map names as feature_id. "
                 f"It has: {', '.join(map(str, var.columns)) or 'an index alone'}"
             )
-        return _text(var[column])
-    index = _text(var.index)
+        return names_in(var[column])
+    index = names_in(var.index)
     if not any(map(ensembl_id, index)):
-        for name in _ID_COLUMNS:
-            if name in var and all(map(ensembl_id, ids := _text(var[name]))):
+        for name in ID_COLUMNS:
+            if name in var and all(map(ensembl_id, ids := names_in(var[name]))):
                 return ids
     return index
 
 
 def _names(var: pd.DataFrame, given: list[str], kept: list[str]) -> list[str]:
     """Symbol of each gene: what the file calls it, unless that is an id too."""
-    column = next((name for name in _NAME_COLUMNS if name in var), None)
-    called = _text(var[column]) if column else given
+    column = next((name for name in NAME_COLUMNS if name in var), None)
+    called = names_in(var[column]) if column else given
     return [gene if not name or ensembl_id(name) else name for name, gene in zip(called, kept, strict=True)]
 
 
@@ -151,7 +146,3 @@ def _mostly_ensembl(genes: FileGenes) -> bool:
 
 def _first(by_id: dict[str, bool], wanted: bool) -> str:
     return next(path for path, found in by_id.items() if found is wanted)
-
-
-def _text(values: pd.Series | pd.Index) -> list[str]:
-    return ["" if pd.isna(value) else str(value).strip() for value in values]

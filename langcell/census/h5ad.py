@@ -29,13 +29,13 @@ import pandas as pd
 import pyarrow as pa
 from anndata.io import read_elem
 
+from langcell.cells.symbols import GENES_OF, read_symbols
 from langcell.census.genes import FileGenes, columns_in, file_genes, union
 from langcell.census.h5ad_matrix import CountMatrix, opened
 from langcell.census.h5ad_reader import H5adReader, StoredFile
 from langcell.census.obs_map import FileMap, ObsMap
 from langcell.census.obs_words import TEXT, census_obs, unnamed_labels
 from langcell.census.options import CensusOptions
-from langcell.census.symbols import GENES_OF, read_symbols
 from langcell.census.value_filter import columns_of, matching
 from langcell.errors import InputError
 

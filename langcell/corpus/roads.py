@@ -24,7 +24,6 @@ from langcell.corpus.beta_pass import train_beta
 from langcell.corpus.draft import Draft, Order
 from langcell.corpus.ledger import Ledger, SliceFaults
 from langcell.corpus.token_pass import Encode, Encoder
-from langcell.errors import InputError
 from langcell.storage import digest_json, sizes
 
 OWN_BETA = "unfinished/beta.parquet"
@@ -73,7 +72,7 @@ def take_road(order: Order, drafted: Draft, root: fs.FileSystem, ledger: Ledger)
     none_lost: set[int] = set()
     medians, lost = (order.beta, none_lost) if order.beta else _own_beta(source, order, drafted, root, ledger)
     vocabulary = order.vocabulary or Vocabulary.from_beta(medians)
-    encoder = _encoder(medians, vocabulary, drafted, order.tokens.max_length)
+    encoder = Encoder.of(medians, vocabulary, drafted.var["feature_id"].to_pylist(), order.tokens.max_length)
     return Road(
         medians,
         vocabulary,
@@ -117,23 +116,3 @@ def _own_beta(
             fault = np.full(len(joinid), Fault.UNREADABLE, np.uint8)
             ledger.add(SliceFaults(part.index, joinid, fault, "it could not be read for the medians"))
     return medians, lost_slices
-
-
-def _encoder(medians: Beta, vocabulary: Vocabulary, drafted: Draft, max_length: int) -> Encoder:
-    """Medians and tokens in the order of var."""
-    feature_id = drafted.var["feature_id"].to_pylist()
-    median_of = dict(zip(medians.feature_id, medians.beta, strict=True))
-    for gene in drafted.duplicated:
-        median_of.pop(gene, None)
-    encoder = Encoder(
-        beta_by_var=np.array([median_of.get(gene, np.nan) for gene in feature_id], np.float64),
-        token_by_var=vocabulary.tokens_of(feature_id),
-        cls=vocabulary.cls,
-        max_length=max_length,
-    )
-    if not encoder.genes:
-        raise InputError(
-            f"None of the {len(feature_id)} genes of the Census ({feature_id[0]}, ...) has a median and a "
-            "token: beta.source or tokens.vocabulary is of other gene ids."
-        )
-    return encoder

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import functools
 import json
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
@@ -22,8 +23,10 @@ import pyarrow.parquet as pq
 import ray.data
 from pyarrow import fs
 
+from langcell.cells.beta import Beta
 from langcell.cells.faults import Fault
 from langcell.cells.rank import rank_encode
+from langcell.cells.vocabulary import Vocabulary
 from langcell.census.datasource import SliceSource
 from langcell.census.reading import counts_of, patiently
 from langcell.corpus.ledger import SliceFaults
@@ -31,6 +34,7 @@ from langcell.corpus.manifest import Block
 from langcell.corpus.progress import Progress
 from langcell.corpus.schema import BLOCK_ENCODING, BLOCK_SCHEMA, SPLITS, block_name
 from langcell.corpus.tasks import graph
+from langcell.errors import InputError
 from langcell.storage import digest, open_root, write_file
 
 
@@ -43,6 +47,27 @@ class Encoder:
     token_by_var: np.ndarray
     cls: int
     max_length: int
+
+    @classmethod
+    def of(cls, medians: Beta, vocabulary: Vocabulary, feature_id: list[str], max_length: int) -> Encoder:
+        """For slices whose columns are the genes `feature_id`; an id that stands twice there is left out, for
+        no count of one can be told from the other's. Raises InputError where no gene is left."""
+        median_of = dict(zip(medians.feature_id, medians.beta, strict=True))
+        once = {gene for gene, times in Counter(feature_id).items() if times == 1}
+        encoder = cls(
+            beta_by_var=np.array(
+                [median_of.get(gene, np.nan) if gene in once else np.nan for gene in feature_id], np.float64
+            ),
+            token_by_var=vocabulary.tokens_of(feature_id),
+            cls=vocabulary.cls,
+            max_length=max_length,
+        )
+        if not encoder.genes:
+            raise InputError(
+                f"None of the {len(feature_id)} genes of the Census ({feature_id[0]}, ...) has a median and "
+                "a token: the medians or the vocabulary are of other gene ids."
+            )
+        return encoder
 
     @property
     def genes(self) -> int:

@@ -46,9 +46,9 @@ def vary(objective: ObjectiveOptions, variant: str) -> ObjectiveOptions:
         return replace(objective, mgm_view="own" if objective.mgm_view == "shared" else "shared")
     if variant == "ctm_mining":
         return replace(objective, ctm_mining="exact" if objective.ctm_mining == "balanced" else "balanced")
-    weight = f"w_{variant.removeprefix('no_')}"
-    if variant.startswith("no_") and hasattr(objective, weight):
-        return replace(objective, **{weight: 0.0})
+    left_out: dict[str, Any] = {f"w_{variant.removeprefix('no_')}": 0.0}
+    if variant.startswith("no_") and left_out.keys() <= vars(objective).keys():
+        return replace(objective, **left_out)
     raise InputError(
         f"ablation.variants: {variant} is not known; all, no_mgm, no_cc, no_ct, no_ctm, paper, mgm_view and "
         "ctm_mining are"

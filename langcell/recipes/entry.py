@@ -29,6 +29,7 @@ def main(
     the recipe, for a job that can say beforehand what it will take.
     """
     try:
+        config: Any
         config, only_plan = parse_tree(tree, description, default, argv, can_plan=plan is not None)
         (plan if plan and only_plan else recipe)(config)
     except InputError as error:

@@ -69,10 +69,10 @@ def write_report(
     pictures = _pictures(metrics, tables, joint_space)
     encoded = {}
     for name, figure in pictures.items():
-        png = _png(figure)
-        write_whole(directory / f"{name}.png", png)
+        image = png(figure)
+        write_whole(directory / f"{name}.png", image)
         encoded[name] = {
-            "png": base64.b64encode(png).decode(),
+            "png": base64.b64encode(image).decode(),
             "width": round(figure.get_figwidth() * CSS_PIXELS),
         }
     environment = Environment(
@@ -146,7 +146,8 @@ def _number(value: float | str) -> str:
     return f"{value:.3g}"
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """The figure as a PNG file."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=DPI, facecolor="white")
     return buffer.getvalue()

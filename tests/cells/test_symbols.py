@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from langcell.census.symbols import ensembl_id, read_symbols
+from langcell.cells.symbols import ensembl_id, read_symbols
 from langcell.errors import InputError
 
 TP53, BRCA2 = "ENSG00000141510", "ENSG00000139618"

@@ -1,4 +1,4 @@
-"""Gene symbols -> Ensembl ids: reading the table that `census.symbols` names.
+"""What genes are called: Ensembl ids, and reading a table that leads from symbols to them.
 
 Studies name genes by symbol, a Census and Geneformer by Ensembl id. Which id a symbol means depends on the
 annotation a study was aligned to, so the table is the user's choice and is looked up letter by letter: of
@@ -18,6 +18,12 @@ from langcell.errors import InputError
 
 _ENSEMBL = re.compile(r"(ENS[A-Z]{0,6}G\d{11})(\.\d+)?")
 
+ID_COLUMNS = ("feature_id", "ensembl_id", "gene_ids", "gene_id")
+"""Columns of var that hold ids where the index holds names or numbers: of a Census, of the CELLxGENE
+schema's forerunners, of scanpy's reader of 10x files, of others."""
+NAME_COLUMNS = ("feature_name", "gene_name", "gene_symbols", "gene_symbol", "symbol")
+"""Columns of var that hold symbols, of the same."""
+
 GENES_OF = {"homo_sapiens": "ENSG", "mus_musculus": "ENSMUSG"}
 """How the Ensembl gene ids of an organism (`census.organism`) begin."""
 
@@ -28,7 +34,13 @@ def ensembl_id(name: str) -> str | None:
     return found[1] if found else None
 
 
-def read_symbols(path: str) -> dict[str, str]:
+def names_in(values: pd.Series | pd.Index) -> list[str]:
+    """The names of a column of var, '' where there is none."""
+    missing = pd.isna(values)
+    return ["" if gone else str(value).strip() for value, gone in zip(values, missing, strict=True)]
+
+
+def read_symbols(path: str, option: str = "census.symbols") -> dict[str, str]:
     """Ensembl id of each symbol.
 
     path: `.tsv` or `.csv` of two columns, symbol and id, with or without a line of names above; or a pickled
@@ -39,9 +51,9 @@ def read_symbols(path: str) -> dict[str, str]:
     if is_pickle(path):
         pairs = list(read_pickle_dict(path).items())
     elif path.endswith((".tsv", ".csv")):
-        pairs = _read_table(path)
+        pairs = _read_table(path, option)
     else:
-        raise InputError(f"census.symbols: {path} is of no known kind; give a .tsv, a .csv or a .pkl")
+        raise InputError(f"{option}: {path} is of no known kind; give a .tsv, a .csv or a .pkl")
     id_of: dict[str, str] = {}
     for symbol, given in pairs:
         if not symbol or not given:
@@ -49,29 +61,29 @@ def read_symbols(path: str) -> dict[str, str]:
         gene = ensembl_id(str(given))
         if gene is None:
             raise InputError(
-                f"census.symbols: {path} gives {symbol} the id {given!r}, which is no Ensembl gene id "
+                f"{option}: {path} gives {symbol} the id {given!r}, which is no Ensembl gene id "
                 "(ENSG00000139618); the columns are symbol, id"
             )
         if id_of.setdefault(symbol, gene) != gene:
             raise InputError(
-                f"census.symbols: {path} gives {symbol} two ids, {id_of[symbol]} and {gene}; keep the one "
+                f"{option}: {path} gives {symbol} two ids, {id_of[symbol]} and {gene}; keep the one "
                 "that your annotation means"
             )
     if not id_of:
-        raise InputError(f"census.symbols: {path} holds no symbol with an id")
+        raise InputError(f"{option}: {path} holds no symbol with an id")
     return id_of
 
 
-def _read_table(path: str) -> list[tuple[str, str]]:
+def _read_table(path: str, option: str) -> list[tuple[str, str]]:
     separator = "\t" if path.endswith(".tsv") else ","
     try:
         # No value is "missing": NA and NAN are names of genes.
         table = pd.read_csv(path, sep=separator, header=None, dtype=str, keep_default_na=False)
     except (OSError, ValueError) as error:  # pandas' own errors are ValueErrors
-        raise InputError(f"census.symbols: {path} cannot be read: {error}") from error
+        raise InputError(f"{option}: {path} cannot be read: {error}") from error
     if table.shape[1] != 2:
         raise InputError(
-            f"census.symbols: {path} has {table.shape[1]} columns; two are expected, symbol and Ensembl id"
+            f"{option}: {path} has {table.shape[1]} columns; two are expected, symbol and Ensembl id"
         )
     symbols, ids = (table[column].str.strip().tolist() for column in (0, 1))
     named = ensembl_id(ids[0]) is None
