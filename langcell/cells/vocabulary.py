@@ -4,6 +4,10 @@ Geneformer's layout, extended as LangCell does: `<pad>` 0, `<mask>` 1, genes fro
 the last gene (25,426 for Geneformer's 25,424). `<cls>` comes last, so that the rows of a Geneformer
 checkpoint keep their places. Ids are stored as uint16; 0 doubles as "not in the vocabulary", which a
 sentence never holds.
+
+Geneformer V2 puts `<cls>` and `<eos>` before its genes. They are the same genes in the same order under other
+numbers, so its dictionary gives a vocabulary like any other, and `model.interop` puts the rows of its
+checkpoints in this order.
 """
 
 from __future__ import annotations
@@ -11,7 +15,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from hashlib import blake2b
 
@@ -25,16 +29,22 @@ from langcell.errors import InputError
 PAD = 0
 MASK = 1
 FIRST_GENE = 2
+GENEFORMER = {"V1": ("<pad>", "<mask>"), "V2": ("<pad>", "<mask>", "<cls>", "<eos>")}
+"""What Geneformer's token dictionaries hold before the genes."""
 
 
 @dataclass(frozen=True)
 class Vocabulary:
     """Gene i of `gene_ids` is token 2 + i.
 
+    renumbered: whether the dictionary that it was read from has other numbers (Geneformer V2), so that
+    sentences which others made with it are none of this vocabulary.
+
     Raises InputError for a gene that stands twice, and for more tokens than uint16 can count.
     """
 
     gene_ids: list[str]
+    renumbered: bool = field(default=False, compare=False)
 
     def __post_init__(self) -> None:
         for gene, times in Counter(self.gene_ids).most_common(1):
@@ -86,21 +96,23 @@ class Vocabulary:
 
     @classmethod
     def from_geneformer(cls, pickle_path: str) -> Vocabulary:
-        """Geneformer V1's token dictionary (`<pad>` 0, `<mask>` 1, then genes), by a restricted reader.
+        """Geneformer's token dictionary, by a restricted reader: the special tokens of V1 or of V2, then
+        genes in the order of their tokens, which follow one another.
 
-        Raises InputError for any other layout, V2's among them: tokens would not be those that a
-        checkpoint was trained on.
+        Raises InputError for any other layout: tokens would not be those that a checkpoint was trained on.
         """
         token_of = read_pickle_dict(pickle_path)
         name_of = {token: name for name, token in token_of.items()}
         names = [name_of.get(token, "<none>") for token in range(len(token_of))]
-        genes = names[FIRST_GENE:]
-        if names[:FIRST_GENE] != ["<pad>", "<mask>"] or any(gene.startswith("<") for gene in genes):
-            raise InputError(
-                f"{pickle_path} is not a token dictionary of Geneformer V1: <pad> 0, <mask> 1 and genes "
-                f"2, 3, ... are expected, it begins with {names[:4]}"
-            )
-        return cls(genes)
+        for version, special in GENEFORMER.items():
+            genes = names[len(special) :]
+            if tuple(names[: len(special)]) == special and not any(gene.startswith("<") for gene in genes):
+                return cls(genes, renumbered=version == "V2")
+        raise InputError(
+            f"{pickle_path} is no token dictionary of Geneformer: <pad> 0, <mask> 1 and genes 2, 3, ... "
+            "(V1), or <pad> 0, <mask> 1, <cls> 2, <eos> 3 and genes 4, 5, ... (V2) are expected, it begins "
+            f"with {names[:6]}"
+        )
 
     @classmethod
     def load(cls, source: str) -> Vocabulary:

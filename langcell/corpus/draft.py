@@ -92,6 +92,12 @@ class Order:
                 "(tokens.vocabulary) and the medians (beta.source) that they were made with, Geneformer's "
                 "for LangCell's own."
             )
+        if self.vocabulary.renumbered:
+            raise InputError(
+                f"tokens.vocabulary: the sentences of {self.census.uri} have the numbers of Geneformer V2, "
+                "in which genes begin at 4; only those of V1 and LangCell can be read. Prepare the corpus from "
+                "counts."
+            )
         return self.beta, self.vocabulary
 
 

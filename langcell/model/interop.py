@@ -1,8 +1,13 @@
 """Weights in and out: Geneformer, any BERT, and our own export.
 
-Checkpoints are foreign files: safetensors first, `.bin` only with `weights_only=True` (a pickle
-that holds code is refused by PyTorch). What a checkpoint lacks or has too much of is said, never
-passed over in silence; only `<cls>`, which Geneformer does not know, may be new in the embeddings.
+Geneformer's two generations and LangCell number tokens differently, and are told apart by how many there
+are. Of V genes
+
+    V1        <pad> <mask> genes               V + 2   `<cls>` keeps its fresh row
+    LangCell  <pad> <mask> genes <cls>         V + 3   ours
+    V2        <pad> <mask> <cls> <eos> genes   V + 4   rows are put in our order, `<eos>` is left out
+
+Nothing else may be new in the embeddings, and what a checkpoint lacks is said.
 """
 
 from __future__ import annotations
@@ -12,19 +17,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoTokenizer, BertConfig, PreTrainedTokenizerBase
-from transformers.utils import cached_file
+from transformers import AutoTokenizer, BertConfig, PreTrainedTokenizerBase
 
 from langcell.errors import InputError
-from langcell.model.cell_encoder import scratch_config
+from langcell.model.cell_encoder import FIRST_GENE, scratch_config
 from langcell.model.langcell import LangCell
+from langcell.model.official import HEADS, LAYOUT, WORDS, is_official, load_official, save_official
 from langcell.model.options import ModelOptions
 from langcell.model.text_encoder import text_config
-
-HEADS = ("cell_proj", "text_proj", "ctm_head")
+from langcell.model.weights import load_config, load_into, load_state, read_tensors
 
 
 def build_model(options: ModelOptions, vocab_size: int, max_length: int, seed: int) -> LangCell:
@@ -53,8 +56,7 @@ def cell_config(options: ModelOptions, vocab_size: int, max_length: int) -> Bert
     if options.cell_init is None:
         return scratch_config(options, vocab_size, max_length)
     config = load_config(options.cell_init, "model.cell_init")
-    # Geneformer's embeddings end before <cls> (the last token); LangCell's include it.
-    if config.vocab_size not in (vocab_size, vocab_size - 1):
+    if abs(config.vocab_size - vocab_size) > 1:
         raise InputError(
             f"vocabulary does not fit the checkpoint: {options.cell_init} has {config.vocab_size} token "
             f"embeddings, the corpus {vocab_size} tokens (<cls> included). Prepare the corpus with the "
@@ -86,52 +88,19 @@ def text_path(init: str) -> str:
     return str(get_model_path())
 
 
-def load_tokenizer(init: str) -> PreTrainedTokenizerBase:
-    """The fast tokenizer of a text checkpoint (`minilm`, folder or Hub id)."""
+def load_tokenizer(init: str, key: str = "model.text_init") -> PreTrainedTokenizerBase:
+    """The fast tokenizer of a text checkpoint (`minilm`, folder or Hub id). Raises InputError, naming the
+    option `key`, if there is none."""
     try:
         return AutoTokenizer.from_pretrained(text_path(init), use_fast=True)
     except (OSError, ValueError) as error:
-        raise InputError(f"model.text_init: no tokenizer at {init}: {error}") from error
-
-
-def load_config(path: str, key: str) -> BertConfig:
-    """The BERT configuration at a folder or Hub id. Raises InputError if it is none."""
-    try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
-        raise InputError(f"{key}: no model configuration at {path}: {error}") from error
-    if config.model_type != "bert":
-        raise InputError(f"{key}: {path} is a {config.model_type} model; a BERT is needed.")
-    return config
-
-
-def load_state(path: str, key: str) -> dict[str, Tensor]:
-    """All tensors of a checkpoint folder or Hub id. Raises InputError if there are none."""
-    for name in ("model.safetensors", "pytorch_model.bin"):
-        try:
-            file = cached_file(path, name, _raise_exceptions_for_missing_entries=False)
-        except OSError:
-            file = None
-        if file is not None:
-            state = (
-                load_file(file)
-                if name.endswith(".safetensors")
-                else torch.load(file, map_location="cpu", weights_only=True)
-            )
-            # Checkpoints converted from TensorFlow call a norm's weight and bias gamma and beta.
-            return {
-                key.replace("LayerNorm.gamma", "LayerNorm.weight").replace(
-                    "LayerNorm.beta", "LayerNorm.bias"
-                ): t
-                for key, t in state.items()
-            }
-    raise InputError(f"{key}: {path} holds neither model.safetensors nor pytorch_model.bin.")
+        raise InputError(f"{key}: no tokenizer at {init}: {error}") from error
 
 
 def load_bert(bert: nn.Module, path: str, new: tuple[str, ...] = ()) -> None:
     """Load a BERT's encoder by name; parameters whose names contain a word of `new` may be absent."""
     state = {name.removeprefix("bert."): tensor for name, tensor in load_state(path, "model").items()}
-    _load(bert, state, path, new)
+    load_into(bert, state, path, new)
 
 
 def load_cell_checkpoint(model: LangCell, path: str) -> None:
@@ -141,37 +110,27 @@ def load_cell_checkpoint(model: LangCell, path: str) -> None:
     """
     state = load_state(path, "model.cell_init")
     encoder = {name.removeprefix("bert."): tensor for name, tensor in state.items()}
-    embeddings = model.cell_bert.embeddings.word_embeddings.weight
-    words = encoder.get("embeddings.word_embeddings.weight")
-    if words is not None and len(words) == len(embeddings) - 1:
-        encoder["embeddings.word_embeddings.weight"] = torch.cat([words, embeddings.detach()[-1:]])
-    _load(model.cell_bert, encoder, path, ())
+    if (words := encoder.get(WORDS)) is not None:
+        encoder[WORDS] = _in_our_order(words, model.cell_bert.embeddings.word_embeddings.weight)
+    load_into(model.cell_bert, encoder, path)
     head = {
         name.removeprefix("cls."): tensor
         for name, tensor in state.items()
         if name.startswith("cls.predictions.") and ".decoder." not in name
     }
     if head:
-        bias = head["predictions.bias"]
-        fresh = model.gene_head.predictions.bias
-        head["predictions.bias"] = torch.cat([bias, fresh.detach()[len(bias) :]])
-        _load(model.gene_head, head, path, ("decoder",))
+        if (bias := head.get("predictions.bias")) is not None:
+            head["predictions.bias"] = _in_our_order(bias, model.gene_head.predictions.bias)
+        load_into(model.gene_head, head, path, new=("decoder",))
 
 
-def _load(module: nn.Module, state: dict[str, Tensor], path: str, new: tuple[str, ...]) -> None:
-    own = module.state_dict()
-    missing = [name for name in own if name not in state and not any(word in name for word in new)]
-    wrong = [
-        f"{name}: {list(state[name].shape)} for {list(own[name].shape)}"
-        for name in own
-        if name in state and state[name].shape != own[name].shape
-    ]
-    if missing or wrong:
-        raise InputError(
-            f"checkpoint {path} does not fit: missing {missing[:3] or 'nothing'}, "
-            f"wrong shape {wrong[:3] or 'none'}"
-        )
-    module.load_state_dict({name: state[name] for name in own if name in state}, strict=False)
+def _in_our_order(theirs: Tensor, fresh: Tensor) -> Tensor:
+    """One row a token as in `fresh`, of a checkpoint of one of the three layouts (any other as it is)."""
+    if len(theirs) == len(fresh) - 1:
+        return torch.cat([theirs, fresh.detach()[-1:]])
+    if len(theirs) == len(fresh) + 1:
+        return torch.cat([theirs[:FIRST_GENE], theirs[FIRST_GENE + 2 :], theirs[FIRST_GENE : FIRST_GENE + 1]])
+    return theirs
 
 
 def save_export(
@@ -179,10 +138,14 @@ def save_export(
 ) -> None:
     """Write the five modules, the tokenizer and `config.json` into `directory`.
 
-    `cell_bert/` and `text_bert/` are Hugging Face folders, the heads one safetensors file each.
+    `cell_bert/` and `text_bert/` are Hugging Face folders, the heads one safetensors file each; where
+    `config["layout"]` is `official`, everything is in the released layout instead (`official`).
     config: what inference needs besides weights (`tau`, `pooling`, `projection`, text template, ...).
     """
     directory.mkdir(parents=True, exist_ok=True)
+    if config.get("layout") == LAYOUT:
+        save_official(model, directory, tokenizer, config)
+        return
     model.cell_bert.save_pretrained(directory / "cell_bert")
     model.text_bert.save_pretrained(directory / "text_bert")
     for name in HEADS:
@@ -197,15 +160,21 @@ def load_export(directory: str | Path) -> tuple[LangCell, dict[str, Any]]:
     directory = Path(directory)
     try:
         config = json.loads((directory / "config.json").read_text())
+        if config.get("layout") == LAYOUT:
+            return load_official(directory), config
         cell = BertConfig.from_pretrained(directory / "cell_bert")
         text = BertConfig.from_pretrained(directory / "text_bert")
         model = LangCell(cell, text_config(text, cell.hidden_size), config["projection"], config["pooling"])
         for name in ("cell_bert", "text_bert"):
-            _load(
-                getattr(model, name), load_state(str(directory / name), "export"), str(directory / name), ()
-            )
+            folder = str(directory / name)
+            load_into(getattr(model, name), load_state(folder, "export"), folder)
         for name in HEADS:
-            _load(getattr(model, name), load_file(directory / f"{name}.safetensors"), name, ())
-    except (OSError, KeyError, ValueError, SafetensorError) as error:
+            load_into(getattr(model, name), read_tensors(directory / f"{name}.safetensors"), name)
+    except (OSError, KeyError, ValueError, InputError) as error:
+        if is_official(directory) and not (directory / "config.json").exists():
+            raise InputError(
+                f"{directory} holds LangCell's released weights, without the vocabulary and the medians that "
+                "belong to them. Make an export of it: python jobs/convert.py --convert.source ..."
+            ) from None
         raise InputError(f"{directory} is not a whole export: {error}") from error
     return model.eval(), config

@@ -104,7 +104,7 @@ class AssessOptions:
     batch: str | None = None
     """Column of obs with the batches that `integration` shall find mixed."""
     split: str | None = None
-    """Column of obs that says `train` or `test`, for `finetuning` and `pathways`. None: a fifth of the cells of each type is tested, at random."""
+    """Column of obs that says `train` or `test`, or whose groups (donor, dataset) stay together, for `finetuning` and `pathways`. None: a fifth of the cells of each type is tested, at random."""
     pathways: str | None = None
     """Gene sets (.gmt) whose activity `pathways` asks for."""
     pathway_columns: list[str] = field(default_factory=list)
@@ -127,6 +127,8 @@ class AssessOptions:
     """What is measured."""
     shots: list[int] = field(default_factory=lambda: [1, 3, 5, 10])
     """Cells of each type that `few_shot` shows (counts)."""
+    shot_steps: int = 100
+    """Least optimiser steps of a classifier that is fine-tuned (count); `fit.epochs` of a handful of cells would be fewer."""
     recall: list[int] = field(default_factory=lambda: [1, 5, 10])
     """The k of `retrieval`'s R@k (counts)."""
     seeds: int = 3

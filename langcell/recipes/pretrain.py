@@ -14,7 +14,6 @@ from dataclasses import asdict, replace
 from typing import Any
 
 import numpy as np
-import torch
 from pyarrow import fs
 
 from langcell.cells.vocabulary import Vocabulary
@@ -23,16 +22,19 @@ from langcell.corpus.manifest import Manifest, library_versions
 from langcell.corpus.text_table import tokenise_texts
 from langcell.corpus.texts import read_texts
 from langcell.errors import InputError
+from langcell.files import write_whole
+from langcell.inference.pretrained import CARD, Pretrained
 from langcell.inference.tables import TABLES, Table, plan_tables
 from langcell.model.interop import (
     cell_config,
     load_config,
-    load_export,
     load_state,
     load_tokenizer,
     text_path,
 )
+from langcell.model.official import LAYOUT
 from langcell.objective.stages import LOSSES
+from langcell.recipes.card import trained_card
 from langcell.recipes.evaluate import (
     Aside,
     ContrastOnly,
@@ -88,11 +90,11 @@ def run(config: Config) -> dict[str, Any]:
         first = fit(tasks[0], stopping)
         trained = fit(replace(tasks[1], init=first.name), stopping)
         with outputs(config) as directory:
-            exported = export(config, manifest, trained, directory / "export", vocab_size=vocab_size)
+            place = export(config, manifest, trained, directory / "export", vocab_size=vocab_size)
             print("judging the exported model: five tables, contrast alone and with matching", flush=True)
-            model, model_config = load_export(exported)
-            model.to("cuda" if torch.cuda.is_available() else "cpu")
-            tables = evaluate(config, model, model_config["tau"], aside)
+            exported = Pretrained.from_pretrained(place)
+            tables = evaluate(config, exported.model, exported.tau, aside)
+            write_whole(place / CARD, trained_card(exported, config, manifest, trained.record, tables))
             root = run_root(config)
             rows = metrics.read(root, metrics.METRICS)
             summary = {
@@ -107,7 +109,7 @@ def run(config: Config) -> dict[str, Any]:
                 title=f"langcell: {run_name(config)}",
                 metrics=rows,
                 tables=tables,
-                joint_space=joint_space(config, model, aside, tables),
+                joint_space=joint_space(config, exported.model, aside, tables),
                 config_yaml=to_yaml(config),
                 versions=versions(),
                 manifest=manifest_summary(manifest),
@@ -149,7 +151,13 @@ def stage_tasks(
 
 
 def check_models(config: Config) -> None:
-    """Raises InputError where the text checkpoint or the cell checkpoint cannot be read."""
+    """Raises InputError where the text checkpoint or the cell checkpoint cannot be read, or where the layout
+    of the export cannot hold the model."""
+    if config.export.layout == LAYOUT and config.model.text_pooling != "cls":
+        raise InputError(
+            f"--export.layout {LAYOUT}: the released code projects the state of [CLS] alone; it goes with "
+            f"--model.text_pooling cls, not {config.model.text_pooling}."
+        )
     text = load_config(text_path(config.model.text_init), "model.text_init")
     load_tokenizer(config.model.text_init)
     if config.text.max_length > text.max_position_embeddings:

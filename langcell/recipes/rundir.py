@@ -150,9 +150,10 @@ def outputs(config: Config) -> Iterator[Path]:
 
 
 def identity(options: dict[str, Any]) -> dict[str, Any]:
-    """The options that make a run the run it is: not where it lives, nor how it is judged or supplied."""
+    """The options that make a run the run it is: not where it lives, nor how it is judged, written out or
+    supplied."""
     return {
         room: {key: value for key, value in values.items() if key not in FREE.get(room, set())}
         for room, values in options.items()
-        if room not in ("run", "eval")
+        if room not in ("run", "eval", "export")
     }

@@ -79,7 +79,9 @@ def test_damage_and_other_files_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "token_of",
     [
-        {"<pad>": 0, "<mask>": 1, "<cls>": 2, "<eos>": 3, "E1": 4},  # Geneformer V2
+        {"<pad>": 0, "<mask>": 1, "<cls>": 2, "<eos>": 3, "E1": 5},
+        {"<pad>": 0, "<mask>": 1, "<eos>": 2, "<cls>": 3, "E1": 4},
+        {"<pad>": 0, "<mask>": 1, "<cls>": 2, "E1": 3},
         {"<pad>": 0, "<mask>": 1, "E1": 3},
         {"<mask>": 0, "<pad>": 1, "E1": 2},
         {"E1": 0, "E2": 1},
@@ -91,8 +93,23 @@ def test_damage_and_other_files_are_refused(tmp_path: Path) -> None:
 def test_other_layouts_are_refused(tmp_path: Path, token_of: dict[str, object]) -> None:
     path = tmp_path / "tokens.pkl"
     path.write_bytes(pickle.dumps(token_of))
-    with pytest.raises(InputError, match="Geneformer V1"):
+    with pytest.raises(InputError, match="no token dictionary of Geneformer"):
         Vocabulary.load(str(path))
+
+
+def test_the_genes_of_geneformer_v2_are_numbered_as_ours(tmp_path: Path) -> None:
+    path = tmp_path / "tokens.pkl"
+    token_of = {"E7": 6, "E9": 4, "<cls>": 2, "<pad>": 0, "E8": 5, "<eos>": 3, "<mask>": 1}
+    path.write_bytes(pickle.dumps(token_of))
+    vocabulary = Vocabulary.load(str(path))
+    assert vocabulary == Vocabulary(["E9", "E8", "E7"])
+    assert vocabulary.tokens_of(["E9", "E7"]).tolist() == [2, 4]
+    assert (vocabulary.cls, vocabulary.size) == (5, len(token_of) - 1)
+    assert vocabulary.renumbered
+    assert Vocabulary.from_json(vocabulary.to_json()).hash == Vocabulary(["E9", "E8", "E7"]).hash
+    del token_of["<cls>"], token_of["<eos>"]
+    path.write_bytes(pickle.dumps({gene: token - 2 * (token > 1) for gene, token in token_of.items()}))
+    assert not Vocabulary.load(str(path)).renumbered
 
 
 def test_geneformer_dictionary_loads(shared: Path) -> None:

@@ -5,12 +5,17 @@ from __future__ import annotations
 import gzip
 import json
 import math
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
+import anndata
 import pytest
 import yaml
 
+from langcell.census.demo import demo_adata
 from langcell.config import parse
 from langcell.errors import InputError
 from langcell.inference.tables import MEASURES, TABLES
@@ -195,3 +200,29 @@ def test_a_stored_configuration_means_the_same_from_another_folder(
     remote = with_absolute_paths(parse("", DEMO, uris))
     assert (remote.beta.source, remote.census.uri) == ("s3://bucket/medians.parquet", "s3://bucket/census")
     assert with_absolute_paths(parse("", DEMO, [])).census.uri == "demo"
+
+
+@pytest.mark.slow
+def test_the_readme_goes_from_counts_to_a_labelled_umap(
+    finished: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    """The lines of README.md as they stand, on real cells: FACS-sorted blood where it is at hand, else the
+    demo's."""
+    readme = (DEMO.parents[2] / "README.md").read_text()
+    (lines,) = (block for block in re.findall(r"```python\n(.*?)```", readme, re.S) if "sc.pl.umap" in block)
+    sorted_cells = DEMO.parents[3] / "shared" / "data" / "zheng_facs_pbmc_counts.h5ad"
+    cells = (
+        anndata.read_h5ad(sorted_cells)[::20].copy() if sorted_cells.exists() else demo_adata()[::3].copy()
+    )
+    cells.write_h5ad(tmp_path / "pbmc.h5ad")
+    (tmp_path / "runs" / "demo").mkdir(parents=True)
+    (tmp_path / "runs" / "demo" / "export").symlink_to(finished[0] / "export")
+    saved = f"{lines}\nadata.write_h5ad('labelled.h5ad')"
+    done = subprocess.run([sys.executable, "-c", saved], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = anndata.read_h5ad(tmp_path / "labelled.h5ad")
+    assert found.n_obs == cells.n_obs
+    assert set(found.obs["langcell_label"]) <= set(found.uns["langcell"]["candidates"])
+    assert found.obs["langcell_label"].nunique() > 1
+    assert "X_umap" in found.obsm
+    assert (tmp_path / "figures" / "umap_pbmc.png").read_bytes()[:4] == b"\x89PNG"
