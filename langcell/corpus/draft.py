@@ -95,8 +95,8 @@ class Order:
         if self.vocabulary.renumbered:
             raise InputError(
                 f"tokens.vocabulary: the sentences of {self.census.uri} have the numbers of Geneformer V2, "
-                "in which genes begin at 4; only those of V1 and LangCell can be read. Prepare the corpus from "
-                "counts."
+                "in which genes begin at 4; only those of V1 and LangCell can be read. Prepare the corpus "
+                "from counts."
             )
         return self.beta, self.vocabulary
 
