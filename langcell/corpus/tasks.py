@@ -29,8 +29,9 @@ RETRIES = 3
 
 
 def task(function: Callable[..., Any], num_returns: int = 1) -> Any:
-    """`function` as a Ray task."""
-    return ray.remote(num_returns=num_returns, max_retries=RETRIES)(function)
+    """`function` as a Ray task, anywhere on the cluster: in a Tune trial, too, whose own reservation has room
+    for its driver alone."""
+    return ray.remote(num_returns=num_returns, max_retries=RETRIES, scheduling_strategy="DEFAULT")(function)
 
 
 @contextmanager
