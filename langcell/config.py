@@ -133,6 +133,23 @@ AT_LEAST_ONE = [
     "eval.max_cells",
     "eval.batch_tokens",
     "run.seeds",
+    "score.top_k",
+    "score.batch_tokens",
+    "annotate.actors",
+    "annotate.chunk",
+    "annotate.figure_cells",
+    "ablation.concurrent",
+    "finetune.lora_rank",
+    "finetune.shots",
+    "finetune.num_workers",
+    "evaluate.seeds",
+    "evaluate.max_cells",
+    "evaluate.top_k",
+    "evaluate.batch_tokens",
+    "evaluate.shot_steps",
+    "fit.epochs",
+    "fit.batch",
+    "fit.batch_tokens",
 ]
 SHARES = [
     "text.short_share",
@@ -143,6 +160,13 @@ SHARES = [
     "objective.mask_ratio",
     "train.warmup_share",
     "eval.a",
+    "score.a",
+    "score.min_score",
+    "score.roll_up",
+    "finetune.test_share",
+    "finetune.val_share",
+    "evaluate.a",
+    "fit.warmup_share",
 ]
 NOT_NEGATIVE = [
     "objective.w_mgm",
@@ -160,6 +184,10 @@ NOT_NEGATIVE = [
     "train.checkpoint_minutes",
     "train.skip_grad_norm",
     "train.profile",
+    "fit.lr",
+    "fit.head_lr",
+    "fit.weight_decay",
+    "fit.clip",
 ]
 BOUNDS: dict[str, tuple[float, float]] = {
     **dict.fromkeys(AT_LEAST_ONE, (1, math.inf)),

@@ -9,15 +9,29 @@ from pathlib import Path
 import pytest
 
 from langcell.census.experiment import Census
-from langcell.config import BOUNDS, parse
+from langcell.config import BOUNDS, Config, parse, parse_tree
 from langcell.errors import InputError
+from langcell.recipes.ablation import AblationConfig
+from langcell.recipes.annotate import AnnotateConfig
+from langcell.recipes.assess import AssessConfig
+from langcell.recipes.convert import ConvertConfig
+from langcell.recipes.finetune import FinetuneConfig
 
+TREES: dict[str, type] = {
+    "demo": Config,
+    "ablation": AblationConfig,
+    "annotate": AnnotateConfig,
+    "convert": ConvertConfig,
+    "finetune": FinetuneConfig,
+    "evaluate": AssessConfig,
+}
+"""The options of each job, by the name of its preset; jobs of training read that of the demo."""
 CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"
 
 
 @pytest.mark.parametrize("preset", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.stem)
 def test_presets_are_valid(preset: Path) -> None:
-    parse("", preset, [])
+    parse_tree(TREES.get(preset.stem, Config), "", preset, [])
 
 
 def test_overrides_follow_the_preset() -> None:
@@ -30,8 +44,15 @@ def test_overrides_follow_the_preset() -> None:
 @pytest.mark.parametrize("key", BOUNDS)
 def test_a_value_out_of_range_is_named(key: str) -> None:
     least, _ = BOUNDS[key]
+    room, name = key.split(".")
+    job = next(
+        job
+        for job, tree in TREES.items()
+        if room in tree.__dataclass_fields__ and hasattr(getattr(tree(), room), name)
+    )
+    preset = CONFIGS / f"{job}.yaml" if job != "ablation" else CONFIGS / "demo.yaml"
     with pytest.raises(InputError, match=re.escape(f"--{key} is ")):
-        parse("", CONFIGS / "demo.yaml", [f"--{key}={0 if least > 0 else int(least) - 1}"])
+        parse_tree(TREES[job], "", preset, [f"--{key}={0 if least > 0 else int(least) - 1}"])
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,22 @@ from collections.abc import Sequence
 
 from jsonargparse import ArgumentError, ArgumentParser, set_parsing_settings
 
-from langcell.bench.options import DataOptions, ScaleOptions, ShuffleOptions, StepOptions
+from langcell.bench.options import (
+    AnnotateOptions,
+    DataOptions,
+    ScaleOptions,
+    ShuffleOptions,
+    StepOptions,
+)
 from langcell.errors import InputError
 
-BENCHMARKS = {"data": DataOptions, "step": StepOptions, "scale": ScaleOptions, "shuffle": ShuffleOptions}
+BENCHMARKS = {
+    "data": DataOptions,
+    "step": StepOptions,
+    "scale": ScaleOptions,
+    "shuffle": ShuffleOptions,
+    "annotate": AnnotateOptions,
+}
 """Options of each benchmark, which is `run` of the module of its name (loaded when it is asked for)."""
 INPUT_ERROR = 2
 

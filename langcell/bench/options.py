@@ -84,3 +84,29 @@ class ShuffleOptions:
     """Folder of summary.json."""
     record: bool = False
     """Append the result to the records of this project (jobs/records/shuffle.jsonl)."""
+
+
+@dataclass
+class AnnotateOptions:
+    """Zero-shot annotation, beside the algorithm of LangCell's notebook."""
+
+    cells: int = 32
+    """Cells of a measurement, the same for both; of the lengths of a Census's (count). 32 are a batch of the notebook, which has a pass of g2 for each candidate."""
+    candidates: int = 60
+    """Candidate texts: cell types below `leukocyte` in the ontology, with their definitions (count)."""
+    top_k: list[int] = field(default_factory=lambda: [5, 3])
+    """Candidates of a cell that ours matches, one measurement each beside all of them (counts); the headline row is of the first."""
+    max_length: int = 2048
+    """Most tokens of a cell (tokens)."""
+    seed: int = 0
+    """Seed of the cells, the weights and the choice of candidates (integer)."""
+    repeats: int = 2
+    """Times that ours and the baseline are measured, by turns (count); the median is reported."""
+    model: str | None = None
+    """Export of a trained model of human cells, on which the agreement at each of `top_k` with all candidates matched is measured. None: no agreement is measured, for with random weights it says nothing."""
+    trained_cells: int = 128
+    """Cells of the demo that the trained model judges (count; 700 at most)."""
+    dir: str = "runs/bench"
+    """Folder of summary.json."""
+    record: bool = False
+    """Append the result to the records of this project (jobs/records/annotate.jsonl)."""

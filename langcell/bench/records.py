@@ -19,7 +19,13 @@ from typing import Any
 import psutil
 
 from langcell.bench.figures import Figures
-from langcell.bench.options import DataOptions, ScaleOptions, ShuffleOptions, StepOptions
+from langcell.bench.options import (
+    AnnotateOptions,
+    DataOptions,
+    ScaleOptions,
+    ShuffleOptions,
+    StepOptions,
+)
 from langcell.files import write_whole
 
 FOLDER = Path(__file__).parents[2] / "jobs" / "records"
@@ -32,7 +38,7 @@ LIBRARIES = (
 
 def publish(
     name: str,
-    options: DataOptions | StepOptions | ScaleOptions | ShuffleOptions,
+    options: DataOptions | StepOptions | ScaleOptions | ShuffleOptions | AnnotateOptions,
     summary: Figures,
     table: str,
 ) -> None:

@@ -1,7 +1,7 @@
-"""Metadata of a cell -> its text, and a cell type -> its zero-shot candidate.
+"""Metadata of a cell -> its text, and a cell type (tissue, disease, ...) -> its zero-shot candidate.
 
-One form for both, LangCell's own: `facet: NAME. DEFINITION; ` per facet, the candidate being the
-cell-type part alone. NAME and DEFINITION are the ontology's, so that the same term reads the same
+One form for both, LangCell's own: `facet: NAME. DEFINITION; ` per facet, the candidate being one
+part alone. NAME and DEFINITION are the ontology's, so that the same term reads the same
 whatever release a data set was labelled with; a final period of the definition is kept, never doubled.
 Several values of a facet (`influenza || pneumonia`) are several such parts.
 
@@ -99,9 +99,9 @@ def text_id(text: str) -> int:
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little", signed=True)
 
 
-def candidate(term: Term) -> str:
-    """The zero-shot candidate of a cell type: `cell type: NAME. DEFINITION; `."""
-    return _sentence("cell_type", term.label, term.definition)
+def candidate(term: Term, facet: str = "cell_type") -> str:
+    """The zero-shot candidate of a term, `cell type: NAME. DEFINITION; ` (`tissue: ...`, `disease: ...`)."""
+    return _sentence(facet, term.label, term.definition)
 
 
 def describe(

@@ -78,3 +78,29 @@ class TrainOptions:
     """Such steps in a row after which the run ends (count)."""
     deterministic: bool = False
     """Whether PyTorch may use deterministic kernels alone (slower on a GPU): the same workers then give the same losses to the last bit, resumed or not. On a CPU they do without it."""
+
+
+@dataclass
+class FitOptions:
+    """Fine-tuning: epochs, batch and optimiser."""
+
+    epochs: int = 10
+    """Passes over the training cells (epochs)."""
+    batch: int = 16
+    """Cells of one optimiser step over all workers (cells)."""
+    lr: float | None = None
+    """Peak learning rate of weights that were trained before (per step). None: 5e-5 as Geneformer and LangCell-CE have it, 1e-5 for both encoders as LangCell's few-shot has it, 5e-4 for low-rank updates."""
+    head_lr: float = 1e-3
+    """Peak learning rate of a fresh head (per step)."""
+    warmup_share: float = 0.1
+    """Share of the steps over which the rate rises linearly; a linear fall to zero follows (0 to 1)."""
+    weight_decay: float = 0.001
+    """Decay of matrices; biases and norms have none (per step, times the learning rate)."""
+    clip: float = 1.0
+    """Norm that gradients are clipped at (L2 norm)."""
+    batch_tokens: int = 16384
+    """Most tokens of one forward, texts that are matched included (tokens); the gradients of a step's forwards are summed. A cell that is longer has one of its own."""
+    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    """What products are computed in: `fp32`, `bf16`, or `auto` (bf16 on GPUs that have it, else fp32); weights are fp32."""
+    seed: int = 0
+    """Seed of the fresh weights, the order of cells and dropout (integer)."""

@@ -1,0 +1,11 @@
+"""Measure a trained model: zero-shot, few-shot, fine-tuning, retrieval, integration, clusters, pathways."""
+
+import sys
+from pathlib import Path
+
+from langcell.recipes import assess
+from langcell.recipes.entry import main
+
+if __name__ == "__main__":
+    preset = Path(__file__).parent / "configs" / "evaluate.yaml"
+    sys.exit(main(assess.run, __doc__, preset, tree=assess.AssessConfig))

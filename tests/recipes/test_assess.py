@@ -1,0 +1,286 @@
+"""jobs/evaluate.py: what is evaluated, by which rules, and the whole job on a few real cells."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import anndata
+import numpy as np
+import pandas as pd
+import pytest
+import scipy.sparse as sp
+
+from langcell.census.demo import demo_adata
+from langcell.config import parse_tree
+from langcell.corpus.blocks import sample_cells
+from langcell.corpus.manifest import Manifest
+from langcell.errors import InputError
+from langcell.inference.pretrained import Pretrained
+from langcell.recipes import assess
+from langcell.recipes.assess import AssessConfig
+from langcell.recipes.benchmarks import pathways
+from langcell.recipes.benchmarks.data import read_cohort
+from langcell.recipes.benchmarks.few_shot import few_shot
+from langcell.recipes.options import AssessOptions
+from tests.recipes.making import ROOT
+
+PRESET = ROOT / "jobs" / "configs" / "evaluate.yaml"
+TYPES = ["B cell", "dendritic cell", "CD14-positive monocyte"]
+
+
+@pytest.fixture(scope="module")
+def model(export: Path) -> Pretrained:
+    return Pretrained.from_pretrained(export, "cpu")
+
+
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve cells of each of three types under labels of their own, two of them without a type."""
+    adata = demo_adata()
+    rows = np.concatenate([np.flatnonzero(adata.obs["cell_type"] == name)[:12] for name in TYPES])
+    adata = adata[rows].copy()
+    celltype = adata.obs["cell_type"].astype(object).replace({"B cell": "CD19+ B"})
+    celltype.iloc[:2] = np.nan
+    adata.obs = pd.DataFrame(
+        {
+            "celltype": pd.Categorical(celltype),
+            "organ": "blood",
+            "raw_sum": adata.obs["raw_sum"],
+            "activated": np.arange(len(rows)) % 2 == 0,
+        },
+        index=adata.obs_names,
+    )
+    path = tmp_path_factory.mktemp("study") / "study.h5ad"
+    adata.write_h5ad(path)
+    (path.parent / "terms.yaml").write_text("CD19+ B: CL:0000236\n")
+    return path
+
+
+def _asked(study: Path, **changed: Any) -> AssessOptions:
+    given = {"data": str(study), "label": "celltype", "terms": str(study.parent / "terms.yaml")}
+    return AssessOptions(**{**given, **changed})
+
+
+def test_the_cells_of_a_file_are_read_with_what_the_parts_need(study: Path, model: Pretrained) -> None:
+    cohort = read_cohort(_asked(study, facets={"tissue": "organ"}), model)
+    assert len(cohort.packed) == len(cohort.obs) == 36
+    assert cohort.facets["cell_type"].labels["CL:0000236"] == "B cell"
+    assert cohort.facets["cell_type"].left_out == {"nan: says nothing": 2}
+    assert cohort.label_N[:3].tolist() == ["", "", "CD19+ B"]
+    assert set(cohort.facets["tissue"].term_N) == {"UBERON:0000178"}
+    np.testing.assert_allclose(np.linalg.norm(cohort.z_NP, axis=1), 1, atol=1e-5)
+    raw = anndata.read_h5ad(study)
+    expected = np.log1p(raw.X.toarray() / raw.obs["raw_sum"].to_numpy()[:, None] * 1e4)
+    np.testing.assert_allclose(cohort.features_NG.toarray(), expected, rtol=1e-6)
+    assert "is not known here" in cohort.about["left_out"]
+    assert cohort.about["left_out_cells"] == 0
+
+
+def test_a_sample_is_seeded_and_said(study: Path, model: Pretrained) -> None:
+    one, again, other = (read_cohort(_asked(study, max_cells=10, seed=s), model) for s in (0, 0, 1))
+    assert one.about["cells"] == len(one.obs) == 10
+    assert one.about["cells_given"] == 36
+    assert one.obs.index.tolist() == again.obs.index.tolist() != other.obs.index.tolist()
+
+
+def test_cells_that_the_model_was_trained_on_are_left_out(demo_corpus: Path, model: Pretrained) -> None:
+    cohort = read_cohort(AssessOptions(corpus=str(demo_corpus)), model)
+    manifest = Manifest.read(str(demo_corpus))
+    of = {
+        split: set(sample_cells(str(demo_corpus), manifest, split, 700, 0, ("soma_joinid",))[0].to_pylist())
+        for split in ("train", "val", "test", "held_out")
+    }
+    evaluated = set(cohort.obs["soma_joinid"])
+    assert evaluated == of["test"] | of["held_out"]
+    assert not evaluated & (of["train"] | of["val"])
+    assert cohort.about["left_out_cells"] == len(of["train"]) + len(of["val"]) > 0
+
+
+def test_a_model_of_another_corpus_is_refused(demo_corpus: Path, model: Pretrained) -> None:
+    of_another = replace(model, config={**model.config, "corpus_hash": "0" * 32})
+    with pytest.raises(InputError, match="was trained on another corpus"):
+        read_cohort(AssessOptions(corpus=str(demo_corpus)), of_another)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"label": "type"}, r"evaluate.label: obs has no column type; it has: celltype, organ"),
+        ({"facets": {"tissue": "place"}}, "evaluate.facets.tissue: obs has no column place"),
+        ({"terms": "nowhere.yaml"}, "evaluate.terms: nowhere.yaml cannot be read"),
+        ({"data": "nowhere.h5ad"}, "evaluate.data: nowhere.h5ad cannot be read"),
+        ({"corpus": "anywhere"}, "evaluate.corpus: obs has no column soma_joinid"),
+    ],
+)
+def test_what_is_wrong_is_named(
+    study: Path, model: Pretrained, changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        read_cohort(_asked(study, **changed), model)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--evaluate.shots=[5,1]", "evaluate.shots"),
+        ("--evaluate.recall=[0]", "evaluate.recall"),
+        ("--evaluate.facets={cell_type: x}", "evaluate.label"),
+        ("--evaluate.pathway_columns=[x]", "give one of them"),
+    ],
+)
+def test_options_that_contradict_are_refused_before_anything_is_read(option: str, message: str) -> None:
+    config, _ = parse_tree(AssessConfig, "", PRESET, [option])
+    with pytest.raises(InputError, match=message):
+        assess.run(config)
+
+
+def test_every_method_sees_the_same_shots_and_the_same_cells() -> None:
+    class_N = np.array([0] * 20 + [1] * 30 + [2] * 4 + [-1] * 9)
+    seen: dict[str, list[tuple[tuple[int, ...], tuple[int, ...], int]]] = {"oracle": [], "first": []}
+
+    def method(name: str) -> Any:
+        def predict(shown: np.ndarray, asked: np.ndarray, seed: int) -> np.ndarray:
+            seen[name].append((tuple(shown), tuple(asked), seed))
+            assert not set(shown) & set(asked)
+            return class_N[asked] if name == "oracle" else np.zeros(len(asked), np.int64)
+
+        return predict
+
+    lines: list[str] = []
+    result = few_shot(
+        class_N,
+        {name: method(name) for name in seen},
+        [1, 5],
+        [0, 1, 2],
+        {"ct": np.where(class_N < 0, -1, class_N)},
+        lines.append,
+    )
+    assert seen["oracle"] == seen["first"]
+    assert [len(shown) for shown, _, _ in seen["oracle"]] == [2, 2, 2, 10, 10, 10]
+    assert len({asked for _, asked, seed in seen["oracle"] if seed == 1}) == 1
+    assert result["classes"] == [0, 1]
+    assert result["n"] == 20 + 30 - 2 * 5
+    assert result["methods"]["oracle"]["5"]["accuracy"] == {"mean": 1.0, "by_seed": [1.0] * 3}
+    assert result["methods"]["first"]["1"]["balanced_accuracy"]["mean"] == 0.5 == result["chance"]
+    assert result["constant"]["accuracy"]["mean"] == pytest.approx(25 / 40)
+    assert result["zero_shot"]["ct"]["accuracy"]["mean"] == 1.0
+    assert lines[0] == "  oracle, 1 shots: 1.000"
+
+
+def test_too_few_cells_for_the_shots_are_no_curve() -> None:
+    result = few_shot(np.array([0, 0, 0, 1, 1]), {}, [1, 10], [0], {}, print)
+    assert result == {"empty": "fewer than two classes have cells enough for 10 shots and a test"}
+
+
+def test_a_pathway_is_high_by_its_genes_and_the_training_cells_alone() -> None:
+    random = np.random.default_rng(0)
+    counts = random.gamma(1.0, size=(80, 6))
+    train = np.arange(40)
+    high = pathways.high_NL(sp.csr_matrix(counts), [np.array([0, 2, 3])], train)
+    z = (counts - counts[:40].mean(0)) / counts[:40].std(0)
+    score = z[:, [0, 2, 3]].mean(1)
+    np.testing.assert_array_equal(high[:, 0], score > np.quantile(score[:40], 0.75))
+    assert high[:40].mean() == 0.25
+    changed = counts.copy()
+    changed[40:] *= 100
+    again = pathways.high_NL(sp.csr_matrix(changed), [np.array([0, 2, 3])], train)
+    np.testing.assert_array_equal(again[:40], high[:40])  # test cells decide nothing
+    assert again[40:].all()
+
+
+def test_genes_of_a_set_are_found_by_the_naming_that_fits(tmp_path: Path) -> None:
+    var = pd.DataFrame(
+        {"feature_name": ["CD3D", "CD3E", "LCK", "MS4A1"]}, index=["ENSG1", "ENSG2", "ENSG3", "ENSG4"]
+    )
+    path = tmp_path / "sets.gmt"
+    path.write_text("T\thttp://x\tCD3D\tCD3E\tLCK\tNONE\nB\t\tMS4A1\tCD19\n")
+    sets = pathways.read_gmt(str(path))
+    assert sets == {"T": ["CD3D", "CD3E", "LCK", "NONE"], "B": ["MS4A1", "CD19"]}
+    found = pathways.set_columns(sets, var)
+    assert {name: columns.tolist() for name, columns in found.items()} == {"T": [0, 1, 2]}
+    path.write_text("CD3D\nCD3E\n")
+    with pytest.raises(InputError, match=r"is no \.gmt file"):
+        pathways.read_gmt(str(path))
+
+
+def test_heads_find_what_the_space_holds_and_the_constant_nothing() -> None:
+    random = np.random.default_rng(0)
+    x = random.normal(size=(200, 3))
+    label_NL = np.stack([x[:, 0] > 0.7, x[:, 1] > 0, np.ones(200, bool)], axis=1)
+    train, test = np.arange(100), np.arange(100, 200)
+    methods = {"space": pathways.heads(x, 0), "noise": pathways.heads(random.normal(size=(200, 3)), 0)}
+    result = pathways.multi_label(methods, label_NL, train, test)
+    assert (result["pathways"], result["one_valued"], result["n"]) == (2, 1, 100)
+    assert result["methods"]["space"]["auroc"] > 0.97
+    assert 0.3 < result["methods"]["noise"]["auroc"] < 0.7
+    prevalence = label_NL[test, :2].mean(0)
+    constant = result["methods"]["constant"]
+    assert constant["auroc"] == 0.5
+    assert constant["average_precision"] == pytest.approx(prevalence.mean())
+    assert constant["macro_f1"] == pytest.approx((2 * prevalence / (1 + prevalence)).mean())
+    assert "empty" in pathways.multi_label({}, np.ones((200, 2), bool), train, test)
+
+
+def test_columns_of_obs_must_say_yes_or_no() -> None:
+    obs = pd.DataFrame({"a": [True, False], "b": [0, 1], "c": [0, 2]})
+    assert pathways.stated_NL(obs, ["a", "b"]).tolist() == [[True, False], [False, True]]
+    with pytest.raises(InputError, match=r"obs\['c'\] must hold true and false"):
+        pathways.stated_NL(obs, ["a", "c"])
+
+
+@pytest.mark.slow  # fine-tunes both encoders a few times
+def test_the_job_measures_every_part_of_a_few_cells(export: Path, study: Path, tmp_path: Path) -> None:
+    argv = [
+        f"--run.dir={tmp_path / 'run'}",
+        f"--evaluate.model={export}",
+        f"--evaluate.data={study}",
+        "--evaluate.label=celltype",
+        f"--evaluate.terms={study.parent / 'terms.yaml'}",
+        "--evaluate.facets={tissue: organ}",
+        "--evaluate.batch=organ",
+        "--evaluate.pathways=null",
+        "--evaluate.pathway_columns=[activated]",
+        "--evaluate.shots=[1,2]",
+        "--evaluate.seeds=1",
+        "--evaluate.shot_steps=1",
+        "--evaluate.top_k=1",
+        "--fit.epochs=1",
+    ]
+    config, _ = parse_tree(AssessConfig, "", PRESET, argv)
+    returned = assess.run(config)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary == json.loads(json.dumps(returned))
+    assert summary["zero_shot"]["cell_type"]["ct"]["n"] == 34
+    assert summary["zero_shot"]["cell_type"]["unscored"] == {"nan: says nothing": 2}
+    assert summary["zero_shot"]["tissue"]["empty"] == "1 candidate, at least two are needed"
+    curves = summary["few_shot"]
+    assert set(curves["methods"]) == {
+        "langcell",
+        "langcell_ce",
+        "random_init",
+        "logistic_regression",
+        "prototypes",
+    }
+    assert curves["n"] == 34 - 3 * 2
+    assert set(curves["zero_shot"]) == {"ct", "two_step"}
+    assert summary["finetuning"]["split"]["train"] + summary["finetuning"]["split"]["test"] == 34
+    assert "20%" in summary["finetuning"]["split"]["rule"]
+    assert summary["retrieval"]["cell_to_text"]["queries"] == 34
+    assert "of one batch" in summary["integration"]["empty"]
+    assert set(summary["clustering"]["spaces"]) == {"X_langcell", "X_pca"}
+    assert set(summary["pathways"]["methods"]) == {
+        "constant",
+        "langcell_ce",
+        "X_langcell",
+        "X_pca",
+        "logistic_regression",
+    }
+    written = (tmp_path / "run" / "tables.md").read_text()
+    for title in assess.TITLES.values():
+        assert f"## {title}" in written
+    assert "2 cells have no term and are left out: nan: says nothing (2)" in written
+    for name in ("zero_shot.png", "few_shot.png"):
+        assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")
