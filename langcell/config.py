@@ -197,6 +197,7 @@ BOUNDS: dict[str, tuple[float, float]] = {
     "text.max_length": (3, math.inf),
     "objective.tau": (1e-3, 10),
     "train.max_failures": (-1, math.inf),
+    "finetune.max_failures": (-1, math.inf),
 }
 """Least and greatest value of every number that has one."""
 
