@@ -67,6 +67,12 @@ class Annotator:
     """A model that has read the candidates."""
 
     def __init__(self, model: Pretrained, candidates: Sequence[Candidate], options: AnnotateOptions) -> None:
+        learnt = model.config.get("finetuned", {}).get("kind", "few_shot")
+        if learnt != "few_shot":
+            raise InputError(
+                f"model: {model.name} was fine-tuned for {learnt} of {model.config['finetuned']['target']}: its "
+                "cells have left the space of the texts. Use langcell.predict, or the model it was made from"
+            )
         self.model, self.candidates, self.options = model, list(candidates), options
         self.texts = tokenize(
             model.tokenizer, [one.text for one in self.candidates], model.text.max_length

@@ -173,6 +173,17 @@ def test_a_column_that_is_not_there_is_named_before_anything_is_computed(
         langcell.annotate(cells, model, TYPES, cluster="leiden")
 
 
+def test_a_classifier_is_no_annotator(model: Pretrained, cells: anndata.AnnData) -> None:
+    stated = {**model.config, "finetuned": {"kind": "classification", "target": "cell_type"}}
+    drifted = Pretrained(**{**vars_of(model), "config": stated})
+    with pytest.raises(InputError, match=r"fine-tuned for classification of cell_type.*langcell\.predict"):
+        langcell.annotate(cells, drifted, TYPES)
+    stated["finetuned"] = {"kind": "few_shot", "target": "cell_type"}
+    langcell.annotate(cells, Pretrained(**{**vars_of(model), "config": stated}), TYPES, a=1)
+    assert np.isnan(cells.obs["langcell_logits2"]).all()
+    assert np.isfinite(cells.obs["langcell_score"]).all()
+
+
 def test_the_library_loads_without_a_cluster(export: Path, tmp_path: Path) -> None:
     """Annotating imports neither ray, deepspeed nor tiledbsoma; importing langcell not even PyTorch."""
     program = f"""
