@@ -70,8 +70,9 @@ class Annotator:
         learnt = model.config.get("finetuned", {}).get("kind", "few_shot")
         if learnt != "few_shot":
             raise InputError(
-                f"model: {model.name} was fine-tuned for {learnt} of {model.config['finetuned']['target']}: its "
-                "cells have left the space of the texts. Use langcell.predict, or the model it was made from"
+                f"model: {model.name} was fine-tuned for {learnt} of {model.config['finetuned']['target']}: "
+                "its cells have left the space of the texts. Use langcell.predict, or the model it was made "
+                "from"
             )
         self.model, self.candidates, self.options = model, list(candidates), options
         self.texts = tokenize(
