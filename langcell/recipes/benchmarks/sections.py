@@ -7,6 +7,10 @@ from typing import Any
 
 from langcell.inference.tables import MEASURES, METHODS
 
+RANDOM = (
+    "\n`random_init` is fine-tuned like the others, at a rate made for trained weights: it shows what the "
+    "start is worth, not what an encoder from scratch can learn."
+)
 PATHWAY_MEASURES = ("auroc", "average_precision", "macro_f1")
 
 
@@ -63,6 +67,7 @@ def few_shot(result: Mapping[str, Any]) -> str:
         + f"\n\n{len(result['classes'])} types, {result['n']} test cells, {len(result['seeds'])} seeds: mean "
         "(least to greatest). The cells shown at k shots are among those at more; none is ever tested."
         + _types_left_out(result["types_left_out"])
+        + RANDOM * ("random_init" in result["methods"])
     )
 
 
@@ -80,6 +85,8 @@ def finetuning(result: Mapping[str, Any]) -> str:
         table(["method", *map(_words, MEASURES)], rows)
         + f"\n\nSplit: {split['rule']}; {split['train']} cells to learn from, {split['test']} to test, "
         f"{result['classes']} types, {len(result['seeds'])} seeds: mean (least to greatest)."
+        + RANDOM
+        * ("random_init" in result["methods"])
     )
 
 
