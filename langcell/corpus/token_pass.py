@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray.data
+import scipy.sparse as sp
 from pyarrow import fs
 
 from langcell.cells.beta import Beta
@@ -77,8 +78,14 @@ class Encoder:
     def __call__(self, table: pa.Table) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Sentences of the cells of a `counts_block`: offsets (int64 [cells + 1]), tokens (uint16), and the
         cells' faults (uint8), those whose sentence would be `<cls>` alone among them."""
-        fault = table["fault"].to_numpy().copy()
-        counts, totals = counts_of(table, len(self.beta_by_var)), table["raw_sum"].to_numpy()
+        counts = counts_of(table, len(self.beta_by_var))
+        return self.encode(counts, table["raw_sum"].to_numpy(), table["fault"].to_numpy())
+
+    def encode(
+        self, counts: sp.csr_matrix, totals: np.ndarray, fault: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """The same of counts [cells, n_vars], the cells' totals and the faults that are known of them."""
+        fault = fault.copy()
         sound = np.flatnonzero(fault == Fault.NONE)
         if len(sound) < len(fault):
             counts, totals = counts[sound], totals[sound]

@@ -12,6 +12,7 @@ Shape suffixes: N cells, C candidates, P width of the joint space.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -23,13 +24,13 @@ from tqdm.auto import tqdm
 
 from langcell.batch import Packed
 from langcell.errors import InputError
-from langcell.inference.candidates import Candidate, of_term, read_candidates
+from langcell.inference.candidates import Candidate, of_term, read_candidates, read_file
 from langcell.inference.counts import Counts
 from langcell.inference.embed import embed_cells, project_texts, tokenize
 from langcell.inference.options import AnnotateOptions
 from langcell.inference.pretrained import Pretrained
 from langcell.inference.roll_up import roll_up
-from langcell.inference.scoring import zero_shot
+from langcell.inference.scoring import Scores, zero_shot
 
 if TYPE_CHECKING:
     from anndata import AnnData
@@ -37,6 +38,8 @@ if TYPE_CHECKING:
 UNASSIGNED = "unassigned"
 EMBEDDING = "X_langcell"
 KEY = "langcell"
+COLUMNS = ("label", "id", "score", "runner_up", "logits1", "logits2", "rolled_up", "majority")
+"""What columns of obs are called after their key."""
 
 
 @dataclass(frozen=True)
@@ -74,6 +77,7 @@ class Annotator:
                 "its cells have left the space of the texts. Use langcell.predict, or the model it was made "
                 "from"
             )
+        _check(options)
         self.model, self.candidates, self.options = model, list(candidates), options
         self.texts = tokenize(
             model.tokenizer, [one.text for one in self.candidates], model.text.max_length
@@ -108,7 +112,7 @@ class Annotator:
         term = np.full(len(cells), "", object)
         if options.roll_up is not None:
             terms = [one.term for one in self.candidates]
-            term = roll_up(share_NC, terms, self.model.ontology, options.roll_up)
+            term = roll_up(_belief(scores, options.a), terms, self.model.ontology, options.roll_up)
             term[silent] = ""
         return Calls(
             label=np.where(unsure, -1, best),
@@ -122,14 +126,29 @@ class Annotator:
 
 
 def choose(
-    model: Pretrained, candidates: Iterable[str] | Mapping[str, str] | None, tissue: Sequence[str]
+    model: Pretrained,
+    candidates: Iterable[str] | Mapping[str, str] | Path | None,
+    tissue: Sequence[str],
 ) -> list[Candidate]:
     """The candidates asked for; None: the cell types that the model was trained on, of these tissues (all
-    where none is named). Raises InputError (see `read_candidates`, `Pretrained.known_types`)."""
+    where none is named). A path is a file of candidates. Warns of free text, which a misspelt name is, too.
+    Raises InputError (see `read_candidates`, `Pretrained.known_types`)."""
+    tissue = [tissue] if isinstance(tissue, str) else tissue
     if candidates is not None:
         if tissue:
             raise InputError("tissue narrows the model's own cell types; it has no use beside candidates")
-        return read_candidates(candidates, model.ontology)
+        if isinstance(candidates, str | Path):
+            candidates = read_file(candidates)
+        found = read_candidates(candidates, model.ontology)
+        if any(one.label == UNASSIGNED for one in found):
+            raise InputError(f"candidates: {UNASSIGNED!r} is what cells without an answer are called")
+        if free := [one.label for one in found if not one.term]:
+            warnings.warn(
+                "langcell: no name or id of the cell ontology, and so taken at their word, without a "
+                f"definition: {', '.join(map(repr, free))}",
+                stacklevel=3,
+            )
+        return found
     known = [model.ontology.get(term) for term in model.known_types(tissue)]
     if len(known) < 2:
         raise InputError(
@@ -138,6 +157,26 @@ def choose(
             + "; name the candidates"
         )
     return [of_term(term) for term in known if term is not None]
+
+
+def _check(options: AnnotateOptions) -> None:
+    """Raises InputError for a value out of range."""
+    shares = {name: getattr(options, name) for name in ("a", "min_score", "roll_up")}
+    for name, value in shares.items():
+        if value is not None and not 0 <= value <= 1:
+            raise InputError(f"{name} is {value}; it must lie between 0 and 1")
+    for name in ("top_k", "batch_tokens"):
+        if getattr(options, name) < 1:
+            raise InputError(f"{name} is {getattr(options, name)}; it must be at least 1")
+
+
+def _belief(scores: Scores, a: float) -> np.ndarray:
+    """What roll-up gathers, float32 [N, C], rows sum to 1: contrast, and P(match) relative to the other
+    candidates'. (logits2, a softmax of probabilities, is nearly flat: of five it gives a sure one 0.40.)"""
+    if scores.p_NC is None:
+        return scores.ct_NC.numpy()
+    total_N1 = scores.p_NC.sum(1, keepdim=True).clamp(min=1e-9)
+    return (a * scores.ct_NC + (1 - a) * scores.p_NC / total_N1).numpy()
 
 
 def columns(
@@ -176,7 +215,7 @@ def majority(label: pd.Series, cluster: pd.Series) -> pd.Categorical:
 def annotate(
     adata: AnnData,
     model: Pretrained | str | Path,
-    candidates: Iterable[str] | Mapping[str, str] | None = None,
+    candidates: Iterable[str] | Mapping[str, str] | Path | None = None,
     *,
     tissue: Sequence[str] = (),
     cluster: str | None = None,
@@ -192,8 +231,8 @@ def annotate(
     Args:
         adata: raw counts; genes by Ensembl ids or symbols; in memory or backed. Other medians, or another
             selection of cells, change no cell's sentence.
-        model: a trained model, or its directory.
-        candidates: names, CL ids or descriptions, or label -> any of these. None: the cell types that the
+        model: a trained model, or its directory. candidates: names, CL ids or descriptions; label -> any of
+        these; or a file of them. None: the cell types that the
             model was trained on.
         tissue: with no candidates, those of these tissues alone (names or UBERON ids).
         cluster: column of obs; each of its clusters also votes (`KEY_majority`).
@@ -215,6 +254,8 @@ def annotate(
     parts = [annotator(sentences) for _, sentences in _bar(counts, chunk, progress)]
     calls = Calls.joined(parts)
     table = columns(calls, annotator, None if cluster is None else adata.obs[cluster], key)
+    stale = [f"{key}_{name}" for name in COLUMNS if f"{key}_{name}" in adata.obs]
+    adata.obs.drop(columns=stale, inplace=True)  # of an earlier call, with other options
     for name in table:
         adata.obs[name] = table[name].to_numpy() if table[name].dtype != "category" else table[name].array
     adata.obsm[EMBEDDING] = calls.z_NP

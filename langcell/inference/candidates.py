@@ -17,7 +17,6 @@ from langcell.text.describe import candidate
 from langcell.text.ontology import Ontology, Term
 
 _ID = re.compile(r"[A-Za-z]+:\d{5,}")
-FILES = (".txt", ".tsv")
 
 
 @dataclass(frozen=True)
@@ -36,7 +35,10 @@ def read_candidates(given: Iterable[str] | Mapping[str, str], ontology: Ontology
     one's own. Raises InputError for an id that the ontology does not know, one label or term given twice, and
     fewer than two candidates.
     """
-    pairs = given.items() if isinstance(given, Mapping) else ((None, text) for text in given)
+    pairs = list(given.items()) if isinstance(given, Mapping) else [(None, text) for text in given]
+    for _, text in pairs:
+        if not isinstance(text, str):
+            raise InputError(f"candidates: {text!r} is no text; give names, CL ids or descriptions")
     found = [_candidate(label, text.strip(), ontology) for label, text in pairs if text.strip()]
     if len(found) < 2:
         raise InputError(f"candidates: {len(found)} given; a choice needs two at least")

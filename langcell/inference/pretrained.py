@@ -99,8 +99,13 @@ class Pretrained:
         )
 
     def save_pretrained(self, directory: str | Path) -> None:
-        """Write everything into `directory`, as `from_pretrained` reads it."""
+        """Write everything into `directory`, as `from_pretrained` reads it.
+
+        Raises InputError where something stands there: parts of two models would pass for one.
+        """
         directory = Path(directory)
+        if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+            raise InputError(f"{directory} is not empty; a model is saved into a folder of its own")
         save_export(self.model, directory, self.tokenizer, self.config)
         (directory / "vocabulary.json").write_text(self.vocabulary.to_json())
         self.beta.write(str(directory / "beta.parquet"))

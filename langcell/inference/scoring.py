@@ -50,14 +50,16 @@ class Scores:
     """Scores of the candidates of each cell, float32 on the CPU; the largest of a row is the answer.
 
     z_NP: the cells' embeddings, of unit length. ct_NC: logits1, rows sum to 1. match_NC: logits2, whose rows
-    sum to 1 over the top k; 0 for a pruned candidate. two_step_NC: in [0, 1] for the top k; a pruned
-    candidate has log(logits1) <= 0 instead, so that it ranks below every matched one and pruned ones keep
-    their order down to the smallest probability. None where matching was not asked for.
+    sum to 1 over the top k; 0 for a pruned candidate. p_NC: P(match) of the top k, 0 for a pruned one.
+    two_step_NC: in [0, 1] for the top k; a pruned candidate has log(logits1) <= 0 instead, so that it ranks
+    below every matched one and pruned ones keep their order down to the smallest probability. None where
+    matching was not asked for.
     """
 
     z_NP: Tensor
     ct_NC: Tensor
     match_NC: Tensor | None
+    p_NC: Tensor | None
     two_step_NC: Tensor | None
 
 
@@ -160,21 +162,22 @@ def _scores(z_NP: Tensor, logit_NC: Tensor, p_NC: Tensor | None, top_NC: Tensor,
     """`Scores` from embeddings, contrast, P(match) and where the top k stand."""
     ct_NC = logit_NC.softmax(1)
     if p_NC is None or a is None:
-        return Scores(z_NP.cpu(), ct_NC.cpu(), None, None)
+        return Scores(z_NP.cpu(), ct_NC.cpu(), None, None, None)
     match_NC = p_NC.masked_fill(~top_NC, -torch.inf).softmax(1)
     two_step_NC = torch.where(top_NC, a * ct_NC + (1 - a) * match_NC, logit_NC.log_softmax(1))
-    return Scores(z_NP.cpu(), ct_NC.cpu(), match_NC.cpu(), two_step_NC.cpu())
+    p_NC = p_NC.masked_fill(~top_NC, 0.0)
+    return Scores(*(each.cpu() for each in (z_NP, ct_NC, match_NC, p_NC, two_step_NC)))
 
 
 def _joined(parts: list[Scores], width: int, candidates: int, a: float | None) -> Scores:
     """The scores of all batches, one after the other; no rows where there were none."""
     nothing = torch.empty(0, candidates)
     second = None if a is None else nothing
-    parts = [Scores(torch.empty(0, width), nothing, second, second), *parts]
+    parts = [Scores(torch.empty(0, width), nothing, second, second, second), *parts]
 
     def join(name: str) -> Tensor:
         return torch.cat([getattr(part, name) for part in parts])
 
     if a is None:
-        return Scores(join("z_NP"), join("ct_NC"), None, None)
-    return Scores(*(join(name) for name in ("z_NP", "ct_NC", "match_NC", "two_step_NC")))
+        return Scores(join("z_NP"), join("ct_NC"), None, None, None)
+    return Scores(*(join(name) for name in ("z_NP", "ct_NC", "match_NC", "p_NC", "two_step_NC")))

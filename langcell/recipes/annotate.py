@@ -18,12 +18,14 @@ import anndata
 import numpy as np
 import pandas as pd
 
+from langcell.cells.faults import Fault
 from langcell.cells.symbols import read_symbols
 from langcell.census.experiment import Census
 from langcell.census.options import CensusOptions
 from langcell.census.slices import Source, make_slices
 from langcell.census.source import open_source
 from langcell.census.tokenised import TokenisedFolder
+from langcell.corpus.ledger import Ledger, SliceFaults
 from langcell.corpus.measuring import measure
 from langcell.errors import InputError
 from langcell.files import write_whole
@@ -42,6 +44,10 @@ from langcell.storage import absolute
 
 OBS = ("cell_type", "cell_type_ontology_term_id", "tissue", "disease", "dataset_id", "donor_id")
 """Columns of a Census that stand in its annotated file, beside soma_joinid."""
+
+
+PIECE_NNZ = 1_000_000
+"""Most non-zeros of a slice that is annotated: some 600 cells, so that a small query has work for many."""
 
 
 @dataclass
@@ -78,12 +84,18 @@ def run(config: AnnotateConfig) -> dict[str, Any]:
     if asked.data is not None:
         study, source, found = _file(absolute(asked.data), asked, model)
         with connect(config.run):
-            summary = _annotate(config, directory, place, annotator, study, source)
+            summary = _annotate(config, directory, place, annotator, study, source, None)
     else:
+        for name in ("layer", "symbols"):
+            if getattr(asked, name) is not None:
+                raise InputError(f"annotate.{name} is for .h5ad files (annotate.data); a Census has none")
+        if asked.cluster is not None and asked.cluster not in OBS:
+            raise InputError(f"annotate.cluster: of a Census one of {', '.join(OBS)}")
         with closing(_census(config.census, model)) as cells, connect(config.run):
             query, source = _query(cells, config.census)
-            found = {"genes": query.encoder(model).genes}
-            summary = _annotate(config, directory, place, annotator, query, source)
+            judge = _Judge(cells, config.census, query)
+            found = {"genes": query.encoder(model)[1].genes}
+            summary = _annotate(config, directory, place, annotator, query, source, judge)
     seconds = time.monotonic() - started
     summary |= {**found, "seconds": seconds, "cells_per_s": summary["cells"] / seconds}
     write_whole(directory / "summary.json", json.dumps(summary, indent=2))
@@ -93,6 +105,24 @@ def run(config: AnnotateConfig) -> dict[str, Any]:
         if (directory / name).exists():
             print(f"{what:<8} {directory / name}", flush=True)
     return summary
+
+
+class _Judge:
+    """What is done with cells whose counts are none: as `census.bad_cells` says. An empty droplet, or a cell
+    without a gene of the model, is no fault but unassigned."""
+
+    def __init__(self, source: Source, options: CensusOptions, study: CensusStudy) -> None:
+        most = options.most_unreadable * len(study.joinid)
+        self._ledger, self._joinid = Ledger(source, options.bad_cells, most), study.joinid
+
+    def __call__(self, index: int, rows: np.ndarray, fault: np.ndarray, reason: str) -> None:
+        bad = np.where(np.isin(fault, (Fault.EMPTY, Fault.NO_GENE)), Fault.NONE, fault)
+        self._ledger.add(SliceFaults.of(index, self._joinid[rows], bad, reason))
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Cells left unassigned by fault."""
+        return self._ledger.counts
 
 
 def _file(path: str, asked: AnnotateJobOptions, model: Pretrained) -> tuple[FileStudy, Path, dict[str, Any]]:
@@ -135,7 +165,7 @@ def _query(source: Source, options: CensusOptions) -> tuple[CensusStudy, pd.Data
     joinid = obs["soma_joinid"].to_numpy()
     study = CensusStudy(
         source.reader,
-        make_slices(obs.select(["soma_joinid", "raw_sum", "nnz"]), options.slice_nnz),
+        make_slices(obs.select(["soma_joinid", "raw_sum", "nnz"]), min(options.slice_nnz, PIECE_NNZ)),
         joinid,
         source.var()["feature_id"].to_pylist(),
         options.attempts,
@@ -150,23 +180,27 @@ def _annotate(
     annotator: Annotator,
     study: Study,
     source: Path | pd.DataFrame,
+    judge: _Judge | None,
 ) -> dict[str, Any]:
-    """Call all cells and write file and figure; counts for the summary."""
+    """Call all cells and write file and figure; counts for the summary. judge: of cells of a Census."""
     asked, width = config.annotate, annotator.z_CP.shape[1]
     with AnnotatedFile(directory / "annotated.h5ad", source, width) as file:
-        for row, calls in annotate_all(study, place, annotator.candidates, config.score, asked.actors):
+        note = judge or (lambda *_: None)
+        for row, calls in annotate_all(study, place, annotator.candidates, config.score, asked.actors, note):
             file.put(row, calls)
         cluster = None if asked.cluster is None else file.obs[asked.cluster]
         table = columns(file.calls, annotator, cluster)
         file.finish(table, KEY, how(annotator))
         labels = table[f"{KEY}_label"].astype(str).to_numpy()
-        figure = figures.joint_space(_sample(file, labels, annotator, asked.figure_cells))
+        space = _sample(file, labels, annotator, asked.figure_cells)
+    figure = figures.joint_space(space)
     if figure is not None:
         write_whole(directory / "annotated.png", png(figure))
     count = Counter(labels.tolist())
     return {
         "cells": len(labels),
         "unassigned": count[UNASSIGNED],
+        "left_out": judge.counts if judge else {},
         "labels": dict(count.most_common()),
         "candidates": [one.label for one in annotator.candidates],
         "model": place,
@@ -179,7 +213,8 @@ def _sample(file: AnnotatedFile, labels: np.ndarray, annotator: Annotator, most:
     rows = np.arange(file.n)
     if file.n > most:
         rows = np.sort(np.random.default_rng(0).choice(file.n, most, replace=False))
-    answered = [i for i, one in enumerate(annotator.candidates) if one.label in set(labels)]
+    found = set(labels)
+    answered = [i for i, one in enumerate(annotator.candidates) if one.label in found]
     return JointSpace(
         z_NP=file.embeddings(rows),
         cell_type=labels[rows].tolist(),

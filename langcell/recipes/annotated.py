@@ -21,7 +21,7 @@ import numpy as np
 import pandas as pd
 from anndata.io import read_elem, write_elem
 
-from langcell.inference.annotate import EMBEDDING, Calls
+from langcell.inference.annotate import COLUMNS, EMBEDDING, Calls
 
 ROWS = 65_536
 """Rows of the embedding that are looked up at a time for the figure."""
@@ -89,7 +89,8 @@ class AnnotatedFile:
     def finish(self, columns: pd.DataFrame, key: str, how: Mapping[str, Any]) -> None:
         """Write the columns of obs, and how they were made into uns[key]."""
         table = columns.set_index(self.obs.index)
-        kept = self.obs.drop(columns=[name for name in table if name in self.obs])
+        written = [*table, *(f"{key}_{name}" for name in COLUMNS)]  # an earlier annotation's too
+        kept = self.obs.drop(columns=[name for name in written if name in self.obs])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             write_elem(self._file, "obs", pd.concat([kept, table], axis=1))

@@ -158,6 +158,9 @@ def _fingerprint(task: Task, study: Study) -> str:
     data = hashlib.blake2b(digest_size=16)
     arrays = [study.cells.tokens_T, study.cells.cu_seqlens_B1, task.train.target, task.val.target]
     arrays += [torch.from_numpy(rows) for rows in (study.split.train, study.split.val)]
+    if isinstance(task.module, FewShot):
+        buffers = dict(task.module.named_buffers())  # the texts, which its state has not
+        arrays += [buffers["tokens_L"], buffers["cu_seqlens_C1"], torch.tensor(task.module.tau)]
     for tensor in (*arrays, *task.module.state_dict().values()):
         data.update(tensor.detach().cpu().contiguous().numpy().tobytes())
     trained = [name for name, parameter in task.module.named_parameters() if parameter.requires_grad]

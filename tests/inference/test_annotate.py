@@ -17,11 +17,12 @@ import langcell
 from langcell.batch import Packed
 from langcell.census.demo import demo_adata
 from langcell.errors import InputError
-from langcell.inference.annotate import Annotator, choose, majority
+from langcell.inference.annotate import Annotator, _belief, choose, majority
 from langcell.inference.embed import tokenize
 from langcell.inference.options import AnnotateOptions
 from langcell.inference.pretrained import Pretrained
-from langcell.inference.scoring import zero_shot
+from langcell.inference.roll_up import roll_up
+from langcell.inference.scoring import Scores, zero_shot
 
 TYPES = ["B cell", "natural killer cell", "dendritic cell", "CL:0000084"]
 
@@ -149,6 +150,58 @@ def test_a_backed_file_gives_the_same(model: Pretrained, cells: anndata.AnnData,
     langcell.annotate(cells, model, TYPES, top_k=2, progress=False)
     assert backed.obs["langcell_label"].tolist() == cells.obs["langcell_label"].tolist()
     np.testing.assert_allclose(backed.obsm["X_langcell"], cells.obsm["X_langcell"], atol=1e-6)
+
+
+def test_a_sure_cell_is_rolled_up_to_its_own_type(model: Pretrained, cells: anndata.AnnData) -> None:
+    """At the defaults, whose logits2 is nearly flat: a T cell of one of two kinds, and a sure B cell."""
+    names = ["CD4-positive, alpha-beta T cell", "CD8-positive, alpha-beta T cell", "B cell", "neuron"]
+    annotator = Annotator(model, choose(model, names, ()), AnnotateOptions(roll_up=0.8))
+    ct = torch.tensor([[0.4, 0.4, 0.1, 0.1], [0.1, 0.1, 0.7, 0.1]])
+    p = torch.tensor([[0.9, 0.8, 0.01, 0.01], [0.02, 0.01, 0.95, 0.02]])
+    belief = _belief(Scores(torch.zeros(2, 3), ct, p.softmax(1), p, p), a=0.1)
+    np.testing.assert_allclose(belief.sum(1), 1, atol=1e-6)
+    terms = [one.term for one in annotator.candidates]
+    kind, sure = roll_up(belief, terms, model.ontology, 0.8).tolist()
+    assert "CL:0000084" in model.ontology.ancestors(kind), "a kind of T cell"
+    assert kind not in terms
+    assert sure == "CL:0000236"
+
+
+def test_a_second_call_leaves_nothing_of_the_first(model: Pretrained, cells: anndata.AnnData) -> None:
+    cells.obs["cluster"] = "a"
+    langcell.annotate(cells, model, TYPES, a=1, roll_up=0.5, cluster="cluster", progress=False)
+    assert {"langcell_rolled_up", "langcell_majority"} <= set(cells.obs)
+    langcell.annotate(cells, model, TYPES[:2], a=1, progress=False)
+    assert not {"langcell_rolled_up", "langcell_majority"} & set(cells.obs)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"a": 5}, "a is 5; it must lie between 0 and 1"),
+        ({"min_score": -0.1}, "min_score is -0.1"),
+        ({"roll_up": 80}, "roll_up is 80"),
+        ({"top_k": 0}, "top_k is 0; it must be at least 1"),
+    ],
+)
+def test_an_option_out_of_range_is_named(
+    model: Pretrained, cells: anndata.AnnData, options: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        langcell.annotate(cells, model, TYPES, **options)
+
+
+def test_what_is_taken_at_its_word_is_said(model: Pretrained, tmp_path: Path) -> None:
+    with pytest.warns(UserWarning, match=r"taken at their word.*'natural killer cel'$"):
+        choose(model, ["natural killer cel", "B cell"], ())
+    with pytest.raises(InputError, match="'unassigned' is what cells without an answer"):
+        choose(model, {"unassigned": "B cell", "NK": "natural killer cell"}, ())
+    with pytest.raises(InputError, match="NK cannot be read"):  # one name is no list of candidates
+        choose(model, "NK", ())
+    with pytest.raises(InputError, match="None is no text"):
+        choose(model, ["B cell", None], ())  # type: ignore[list-item]
+    (tmp_path / "types.txt").write_text("B cell\nneuron\n")
+    assert [one.label for one in choose(model, str(tmp_path / "types.txt"), ())] == ["B cell", "neuron"]
 
 
 def test_clusters_vote_without_the_unassigned() -> None:

@@ -37,6 +37,11 @@ def test_what_is_saved_is_read_again(export: Path, tmp_path: Path) -> None:
     assert not again.model.training
 
 
+def test_a_model_is_not_saved_over_another(export: Path, copy: Path) -> None:
+    with pytest.raises(InputError, match="copy is not empty"):
+        Pretrained.from_pretrained(export).save_pretrained(copy)
+
+
 def test_an_export_is_called_by_its_run(export: Path, tmp_path: Path) -> None:
     shutil.copytree(export, tmp_path / "blood" / "export")
     assert Pretrained.from_pretrained(tmp_path / "blood" / "export").name == "blood"

@@ -11,6 +11,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import pytest
+from scipy.sparse import csr_matrix
 
 import langcell
 from langcell.census.demo import demo_adata
@@ -84,8 +85,42 @@ def test_a_census_query_is_annotated_as_by_the_library(
     found.uns["where"] = str(export)
     _same(found, expected)
     assert summary["cells"] == 95
+    assert summary["left_out"] == {}
+    with pytest.raises(InputError, match=r"annotate\.cluster: of a Census one of cell_type"):
+        run(_config(export, tmp_path / "c", census=census, cluster="leiden"))
+    with pytest.raises(InputError, match=r"annotate\.layer is for \.h5ad files"):
+        run(_config(export, tmp_path / "c", census=census, layer="raw"))
     with pytest.raises(InputError, match=r"census\.organism is mus_musculus"):
         run(_config(export, tmp_path / "mouse", census=replace(census, organism="mus_musculus")))
+
+
+@pytest.mark.slow
+def test_cells_of_a_folder_that_hold_no_counts_are_named_or_counted(
+    ray_session: None, export: Path, tmp_path: Path
+) -> None:
+    """Columns in another order, one cell with half a count, one droplet without any."""
+    cells = demo_adata()[:20, ::-1].copy()
+    expected = cells.copy()
+    dense = cells.X.toarray()
+    dense[4, np.flatnonzero(dense[4])[0]] = 0.5
+    dense[7] = 0
+    cells.X = csr_matrix(dense)
+    (tmp_path / "studies").mkdir()
+    cells.write_h5ad(tmp_path / "studies" / "one.h5ad")
+    census = CensusOptions(uri=str(tmp_path / "studies"), filter="", bad_cells="error")
+    with pytest.raises(
+        InputError, match=r"cells that cannot be used:\n  dataset one, soma_joinid 4: a count is"
+    ):
+        run(_config(export, tmp_path / "out", census=census))
+    assert not list((tmp_path / "out").glob("annotated*"))
+    summary = run(_config(export, tmp_path / "out", census=replace(census, bad_cells="skip")))
+    assert summary["left_out"] == {"not_integer": 1}
+    found = anndata.read_h5ad(tmp_path / "out" / "annotated.h5ad")
+    silent = found.obs["langcell_label"].astype(str).to_numpy() == "unassigned"
+    assert np.flatnonzero(silent).tolist() == [4, 7]
+    langcell.annotate(expected, str(export), TYPES, top_k=1, progress=False)
+    same = ~silent
+    np.testing.assert_allclose(found.obsm["X_langcell"][same], expected.obsm["X_langcell"][same], atol=1e-5)
 
 
 def test_what_cannot_be_used_is_said_before_a_cluster_starts(export: Path, tmp_path: Path) -> None:
