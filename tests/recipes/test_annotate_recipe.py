@@ -109,7 +109,8 @@ def test_cells_of_a_folder_that_hold_no_counts_are_named_or_counted(
     cells.write_h5ad(tmp_path / "studies" / "one.h5ad")
     census = CensusOptions(uri=str(tmp_path / "studies"), filter="", bad_cells="error")
     with pytest.raises(
-        InputError, match=r"cells that cannot be used:\n  dataset one, soma_joinid 4: a count is"
+        InputError,
+        match=r"cells that cannot be used:\n  dataset 10x_pbmc68k_reduced, soma_joinid 4: a count is",
     ):
         run(_config(export, tmp_path / "out", census=census))
     assert not list((tmp_path / "out").glob("annotated*"))
