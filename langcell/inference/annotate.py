@@ -48,8 +48,8 @@ class Calls:
 
     label, runner_up: int64 [N], index of the best candidate and of the second, -1 for unassigned; score: of
     the best, 0 to 1; logits1, logits2: contrast and matching of the best (`scoring.Scores`; NaN where nothing
-    was matched); term: CL id of the deepest term that is sure enough, '' for none; z_NP: embeddings. All
-    float32.
+    was matched); term: CL id of the deepest term that is sure enough, '' for none (object); z_NP: embeddings.
+    Scores, logits and embeddings are float32.
     """
 
     label: np.ndarray
@@ -231,9 +231,9 @@ def annotate(
     Args:
         adata: raw counts; genes by Ensembl ids or symbols; in memory or backed. Other medians, or another
             selection of cells, change no cell's sentence.
-        model: a trained model, or its directory. candidates: names, CL ids or descriptions; label -> any of
-        these; or a file of them. None: the cell types that the
-            model was trained on.
+        model: a trained model, or its directory.
+        candidates: names, CL ids or descriptions; label -> any of these; or the path of a file of them (one a
+            line, or label, tab, candidate). None: the cell types that the model was trained on.
         tissue: with no candidates, those of these tissues alone (names or UBERON ids).
         cluster: column of obs; each of its clusters also votes (`KEY_majority`).
         layer: where the raw counts are: None: X; `raw`; or the name of a layer.

@@ -1,8 +1,9 @@
 """Annotation as a Ray Data graph: actors that hold the model, and read a chunk of cells at a time.
 
 Of an .h5ad file that every node sees, an actor reads its rows itself, backed. Of a Census the readers of the
-passes deliver slices, with their retries; cells that they judge bad, and droplets without a gene of the
-model, are called unassigned. What comes back is 1.1 KB a cell, embedding included.
+passes deliver slices, with their retries and their judgement of bad cells, which travels along: what becomes
+of them is decided on the driver. A droplet without a gene of the model is unassigned. What comes back is
+1.1 KB a cell, embedding included.
 """
 
 from __future__ import annotations
@@ -112,6 +113,7 @@ class CensusStudy:
     joinid: np.ndarray
     feature_id: list[str]
     attempts: int
+    _encoder: tuple[np.ndarray, Encoder] | None = field(default=None, repr=False)
 
     def dataset(self) -> ray.data.Dataset:
         source = SliceSource(partial(counts_block, self.reader, self.attempts), self.slices, counts_bytes)
@@ -122,7 +124,10 @@ class CensusStudy:
 
     def encoder(self, model: Pretrained) -> tuple[np.ndarray, Encoder]:
         """Columns of the slices that are genes of the model, in the order of its medians (which breaks ties,
-        and need not be this source's), and what encodes them. Raises InputError where there is none."""
+        and need not be this source's), and what encodes them; found once a process,
+        which has one model. Raises InputError where there is none."""
+        if self._encoder is not None:
+            return self._encoder
         row_of = {gene: row for row, gene in enumerate(model.beta.feature_id)}
         rows = np.array([row_of.get(gene, -1) for gene in self.feature_id])
         columns = np.flatnonzero(rows >= 0)
@@ -133,7 +138,8 @@ class CensusStudy:
                 f"{model.name} ({', '.join(model.beta.feature_id[:3])}, ...)"
             )
         genes = [self.feature_id[column] for column in columns]
-        return columns, Encoder.of(model.beta, model.vocabulary, genes, model.max_length)
+        self._encoder = columns, Encoder.of(model.beta, model.vocabulary, genes, model.max_length)
+        return self._encoder
 
     def sentences(self, model: Pretrained, block: pa.Table) -> Sentences:
         columns, encoder = self.encoder(model)
@@ -149,7 +155,7 @@ class CensusStudy:
         return Sentences(rows, packed, fault, block["slice"][0].as_py(), block["reason"][0].as_py())
 
     def __getstate__(self) -> dict[str, Any]:
-        return {**self.__dict__, "slices": []}  # what reads them has them
+        return {**self.__dict__, "slices": [], "_encoder": None}  # what reads slices has them
 
 
 class Actor:
