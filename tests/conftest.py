@@ -46,9 +46,11 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     import subprocess
     import sys
 
-    from tests.faults.making import Tiny, argv
+    from tests.faults.making import TEXT, Tiny, argv
+    from tests.small_text import small_text
 
     folder = tmp_path_factory.mktemp("tiny")
+    small_text(folder / TEXT)
     job = Path(__file__).parents[1] / "jobs" / "prepare.py"
     demo = job.parent / "configs" / "demo.yaml"
     command = [sys.executable, str(job), f"--config={demo}", "--run.ray_address=local", *argv(folder)]

@@ -29,6 +29,14 @@ from langcell.errors import InputError
 
 
 @dataclass(frozen=True)
+class Position:
+    """Where a step stands in its stage: epoch, and step within the epoch."""
+
+    epoch: int
+    step: int
+
+
+@dataclass(frozen=True)
 class RowGroups:
     """The Parquet row groups of one file of a split: file (relative to the corpus), rows of each."""
 

@@ -20,7 +20,6 @@ Shape suffixes: C cells of a window, M its micro-batches, B cells of one, T thei
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
@@ -30,7 +29,7 @@ import torch
 from ray.data import DataContext
 
 from langcell.batch import MicroBatch, Packed, TextTable
-from langcell.corpus.plan import Plan, Window
+from langcell.corpus.plan import Plan, Position, Window
 from langcell.corpus.schema import BLOCK_SCHEMA
 from langcell.storage import open_root
 
@@ -81,14 +80,6 @@ def deal_round(corpus_dir: str, plan: Plan, windows: Sequence[Window]) -> pa.Tab
     if len(windows) == 1:
         return dealt
     return dealt.take(np.arange(len(dealt)).reshape(len(windows), -1).T.ravel())
-
-
-@dataclass(frozen=True)
-class Position:
-    """Where a step stands in its stage: epoch, and step within the epoch."""
-
-    epoch: int
-    step: int
 
 
 def stream(

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import warnings
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -57,10 +57,10 @@ def refuse_other_organism(
 ) -> None:
     """Raises InputError if genes or cells are said to be of another organism than `organism`.
 
-    By the Ensembl ids in var, whatever their column, and by `organism` and `organism_ontology_term_id` of
-    obs or uns, as CELLxGENE's schema has them.
+    By the Ensembl ids of var, where ids are usually written (any other column may hold orthologues), and by
+    `organism` and `organism_ontology_term_id` of obs or uns, as CELLxGENE's schema has them.
     """
-    _refuse_other_genes(_texts(var), organism)
+    _refuse_other_genes(_texts(var, ID_COLUMNS), organism)
     called = _CALLED.get(organism, {organism})
     # An ontology id can be compared only with a known one.
     for name in ("organism", "organism_ontology_term_id") if organism in _CALLED else ("organism",):
@@ -85,11 +85,8 @@ def find_genes(
     beside what beta knows; it comes first. Warns of duplicated names. Raises InputError where no gene is
     found, or more of them if capitals are ignored.
     """
-    texts = _texts(var)
-    usual = ["var_names", *(_column(name) for name in (*ID_COLUMNS, *NAME_COLUMNS))]
-    namings = {
-        place: [ensembl_id(name) or name for name in texts[place]] for place in usual if place in texts
-    }
+    texts = _texts(var, (*ID_COLUMNS, *NAME_COLUMNS))
+    namings = {place: [ensembl_id(name) or name for name in names] for place, names in texts.items()}
     token = vocabulary.tokens_of(beta.feature_id)
     known = (token != 0) & np.isfinite(beta.beta) & (beta.beta > 0)
     row_of = {beta.feature_id[row]: int(row) for row in np.flatnonzero(known)}
@@ -109,14 +106,11 @@ def find_genes(
     return best
 
 
-def _texts(var: pd.DataFrame) -> dict[str, list[str]]:
-    """The index and every column that is text, by its name in a message."""
-    columns = {_column(name): var[name] for name in var if not pd.api.types.is_numeric_dtype(var[name])}
+def _texts(var: pd.DataFrame, usual: Sequence[str]) -> dict[str, list[str]]:
+    """The index, and those of the usual columns that are there and are text, by their names in a message."""
+    text = [name for name in usual if name in var and not pd.api.types.is_numeric_dtype(var[name])]
+    columns = {f"var[{name!r}]": var[name] for name in text}
     return {place: names_in(values) for place, values in {"var_names": var.index, **columns}.items()}
-
-
-def _column(name: str) -> str:
-    return f"var[{name!r}]"
 
 
 def _names_of(beta: Beta) -> dict[str, str]:

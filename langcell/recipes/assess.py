@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from langcell.recipes.benchmarks import pathways, sections
 from langcell.recipes.benchmarks.data import Cohort, read_cohort
 from langcell.recipes.benchmarks.few_shot import all_data, few_shot
 from langcell.recipes.benchmarks.methods import Methods
-from langcell.recipes.labels import Labels, split_cells
+from langcell.recipes.labels import Labels, Split, split_cells
 from langcell.recipes.options import AssessOptions, PlaceOptions
 from langcell.recipes.report import png
 from langcell.storage import absolute
@@ -85,7 +85,9 @@ def run(config: AssessConfig) -> dict[str, Any]:
     print(
         f"model    {model.name}: {len(model.vocabulary.gene_ids):,} genes of {model.organism}\n"
         f"cells    {about['cells']:,} of {about['cells_given']:,} of {about['data']}; left out "
-        f"{about['left_out_cells']:,}: {about['left_out']}",
+        f"{about['left_out_cells']:,}: {about['left_out']}"
+        + f"; without a count in the model's genes: {about['silent_cells']:,}"
+        * (about["silent_cells"] > 0),
         flush=True,
     )
     parts = _Parts(config, model, cohort, directory)
@@ -199,25 +201,30 @@ class _Parts:
             }
         }
 
-    def _split(self) -> tuple[np.ndarray, np.ndarray, str]:
-        """Rows to learn from, rows to test, and the rule; types of one cell are left out."""
+    def _split(self) -> Split:
+        """Cells to learn from and cells to test; types of one cell are left out, and test cells of types that
+        no cell teaches."""
         label_N = self.cohort.label_N
         labels, counts = np.unique(label_N, return_counts=True)
         rows = np.flatnonzero(np.isin(label_N, labels[(counts > 1) & (labels != "")]))
         classes, value = np.unique(label_N[rows], return_inverse=True)
-        split = split_cells(
-            Labels(Head(self.asked.label, "classification", tuple(classes)), value),
+        all_types = Labels(Head(self.asked.label, "classification", tuple(classes)), value)
+        asked = split_cells(
+            all_types,
             self.cohort.obs.iloc[rows],
             self.asked.split,
             test_share=TEST_SHARE,
             val_share=0.0,
             seed=self.asked.seed,
+            option="evaluate.split",
         )
-        return rows[split.train], rows[split.test], split.rule
+        _, split = all_types.learnt(asked)
+        left_out = {"no type, or the only cell of its type": len(label_N) - len(rows), **split.left_out}
+        return replace(split, train=rows[split.train], test=rows[split.test], left_out=left_out)
 
     def finetuning(self) -> dict[str, Any]:
         class_N = np.unique(self.cohort.label_N, return_inverse=True)[1]
-        return all_data(class_N, *self.split, self.methods.of_labels(class_N), self.seeds)
+        return all_data(class_N, self.split, self.methods.of_labels(class_N), self.seeds)
 
     def retrieval(self) -> dict[str, Any]:
         if len(self.terms) < 2:
@@ -250,14 +257,14 @@ class _Parts:
         label_NL, about = self.pathway_labels
         if label_NL is None:
             return about
-        train, test, rule = self.split
         methods = {
             "langcell_ce": self.methods.multi_label,
             "X_langcell": pathways.heads(self.cohort.z_NP, self.asked.seed),
             "X_pca": pathways.heads(self.cohort.spaces["X_pca"], self.asked.seed),
             "logistic_regression": pathways.heads(self.cohort.features_NG, self.asked.seed),
         }
-        return pathways.multi_label(methods, label_NL, train, test) | about | {"rule": rule}
+        found = pathways.multi_label(methods, label_NL, self.split.train, self.split.test)
+        return found | about | {"rule": self.split.rule}
 
     def _pathway_labels(self) -> tuple[np.ndarray | None, dict[str, Any]]:
         """Which pathways are high in which cells (bool [N, L]), and what to say of it; None where there are
@@ -276,4 +283,4 @@ class _Parts:
             "the training cells' upper quartile: what is measured is how much of it a method keeps.",
             "too_few_genes": sorted(set(sets) - set(columns)),
         }
-        return pathways.high_NL(self.cohort.features_NG, list(columns.values()), self.split[0]), about
+        return pathways.high_NL(self.cohort.features_NG, list(columns.values()), self.split.train), about

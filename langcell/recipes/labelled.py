@@ -60,13 +60,14 @@ def read_study(asked: FinetuneOptions, model: Pretrained, seed: int) -> Study:
         test_share=asked.test_share,
         val_share=asked.val_share,
         seed=seed,
+        option="finetune.split_by",
     )
     left_out = {"no gene of the model's vocabulary": int(counts.empty_N.sum())}
     if asked.shots is not None:
         split = _few(labels, split, asked.shots, seed)
     if asked.kind == "classification":
-        labels, split, unseen = labels.learnt(split)
-        left_out["class of no training cell"] = unseen
+        labels, split = labels.learnt(split)
+    left_out |= split.left_out
     labels = labels.standardised_by(split.train)
     chosen = cells.select(torch.from_numpy(speaking)) if len(speaking) < counts.n else cells
     return Study(chosen, labels, split, obs.index, {why: n for why, n in left_out.items() if n})

@@ -9,7 +9,7 @@ Shape suffixes: N cells, L labels.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pandas as pd
@@ -37,22 +37,23 @@ class Labels:
     def __len__(self) -> int:
         return len(self.value)
 
-    def learnt(self, split: Split) -> tuple[Labels, Split, int]:
-        """Of a classification: the classes of the training cells alone, the split without cells of others,
-        and how many these are. Raises InputError where the training cells are of one class."""
+    def learnt(self, split: Split) -> tuple[Labels, Split]:
+        """Of a classification: the classes of the training cells alone, and the split without cells of
+        others. Raises InputError where the training cells are of one class, or no test cell is of theirs."""
         trained = np.unique(self.value[split.train])
         if len(trained) < 2:
             raise InputError(
-                f"finetune.split_by: every training cell is {self.head.classes[trained[0]]!r}, by the rule: "
+                f"{split.option}: every training cell is {self.head.classes[trained[0]]!r}, by the rule: "
                 f"{split.rule}; two classes at least"
             )
         known = np.isin(self.value, trained)
         kept = replace(split, val=split.val[known[split.val]], test=split.test[known[split.test]])
         if not len(kept.test):
-            raise InputError(f"finetune.split_by: no test cell is of a class that is trained: {split.rule}")
+            raise InputError(f"{split.option}: no test cell is of a class that is trained: {split.rule}")
         head = replace(self.head, classes=tuple(self.head.classes[i] for i in trained))
         lost = len(split.val) + len(split.test) - len(kept.val) - len(kept.test)
-        return Labels(head, np.searchsorted(trained, self.value)), kept, lost
+        kept = replace(kept, left_out={**split.left_out, "class of no training cell": lost})
+        return Labels(head, np.searchsorted(trained, self.value)), kept
 
     def standardised_by(self, rows: np.ndarray) -> Labels:
         """The same; a regression with mean and deviation of the cells `rows`. Raises InputError where these
@@ -168,38 +169,48 @@ def _several(obs: pd.DataFrame, columns: Sequence[str]) -> Labels:
 @dataclass(frozen=True)
 class Split:
     """Rows of the cells that train, validate (there may be none) and test (int64, ascending); rule: in
-    words."""
+    words; option: by which it was asked for; left_out: how many cells are in none of the parts, and why."""
 
     train: np.ndarray
     val: np.ndarray
     test: np.ndarray
     rule: str
+    option: str
+    left_out: dict[str, int] = field(default_factory=dict)
 
 
 def split_cells(
-    labels: Labels, obs: pd.DataFrame, by: str | None, *, test_share: float, val_share: float, seed: int
+    labels: Labels,
+    obs: pd.DataFrame,
+    by: str | None,
+    *,
+    test_share: float,
+    val_share: float,
+    seed: int,
+    option: str,
 ) -> Split:
     """Which cells train, validate and test.
 
     by: None, so much of the cells (of each class) at random; a column whose values are the parts themselves,
-    train, test and maybe val (cells of other values take no part); or one whose groups stay together. Raises
-    InputError where training or test would have no cell.
+    train, test and maybe val (cells of other values take no part); or one whose groups stay together.
+    option: what errors call `by`. Raises InputError where training or test would have no cell.
     """
     if by is None:
         part_N, rule = _at_random(labels, test_share, val_share, seed)
     elif by not in obs:
-        raise InputError(f"finetune.split_by: obs has no column {by!r}; {_has(obs)}")
+        raise InputError(f"{option}: obs has no column {by!r}; {_has(obs)}")
     else:
         group_N = obs[by].astype(str).to_numpy(str)
         if {"train", "test"} <= set(group_N):
             part_N, rule = group_N, f"as obs[{by!r}] says"
         else:
-            part_N, rule = _by_group(group_N, by, test_share, val_share, seed)
+            part_N, rule = _by_group(group_N, by, test_share, val_share, seed, option)
     train, val, test = (np.flatnonzero(part_N == part) for part in PARTS)
     for part, rows in (("train", train), ("test", test)):
         if not len(rows):
-            raise InputError(f"finetune.split_by: no cell to {part} by the rule: {rule}")
-    return Split(train, val, test, rule)
+            raise InputError(f"{option}: no cell to {part} by the rule: {rule}")
+    others = len(part_N) - len(train) - len(val) - len(test)
+    return Split(train, val, test, rule, option, {f"obs[{by!r}] names no part": others} if others else {})
 
 
 def _at_random(labels: Labels, test_share: float, val_share: float, seed: int) -> tuple[np.ndarray, str]:
@@ -221,7 +232,7 @@ def _at_random(labels: Labels, test_share: float, val_share: float, seed: int) -
 
 
 def _by_group(
-    group_N: np.ndarray, by: str, test_share: float, val_share: float, seed: int
+    group_N: np.ndarray, by: str, test_share: float, val_share: float, seed: int, option: str
 ) -> tuple[np.ndarray, str]:
     """Groups in seeded order, to test until its share is reached, then to validation, the rest to
     training."""
@@ -229,7 +240,7 @@ def _by_group(
     needed = 3 if val_share > 0 else 2
     if len(groups) < needed:
         raise InputError(
-            f"finetune.split_by: obs[{by!r}] has {len(groups)} group{'s' * (len(groups) != 1)}; {needed} at "
+            f"{option}: obs[{by!r}] has {len(groups)} group{'s' * (len(groups) != 1)}; {needed} at "
             "least are needed to keep groups together" + " (2 with --finetune.val_share 0)" * (needed == 3)
         )
     order = np.random.default_rng(seed).permutation(len(groups)).tolist()

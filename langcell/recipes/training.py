@@ -123,8 +123,9 @@ def _train(task: StageTask, stopping: Stopping) -> Outcome:
     notice = make_notice()
     with tempfile.TemporaryDirectory() as ray_dir:  # Ray Train keeps nothing of ours there
         trainer = TorchTrainer(
-            run_stage,  # type: ignore[arg-type]
-            train_loop_config=replace(task, notice=notice),  # type: ignore[arg-type]
+            run_stage,  # type: ignore[arg-type]  # it also returns something
+            # By reference: the controller then imports nothing of what the task is made of.
+            train_loop_config={"task": ray.put(replace(task, notice=notice))},
             torch_config=TorchConfig(
                 backend="nccl" if gpus else "gloo", timeout_s=int(options.collective_timeout_s + COLLECTIVE_S)
             ),

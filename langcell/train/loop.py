@@ -19,6 +19,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import ray
 import ray.train
 import ray.train.torch
 import ray.util
@@ -29,7 +30,8 @@ from ray.train.v2._internal.execution import context as train_context
 from torch import Tensor
 
 from langcell.batch import MicroBatch
-from langcell.corpus.stream import Position, stream
+from langcell.corpus.plan import Position
+from langcell.corpus.stream import stream
 from langcell.errors import InputError
 from langcell.model.flops import Work, mfu, peak_flops, step_flops
 from langcell.objective.stages import LOSSES
@@ -55,8 +57,9 @@ ASK_S = 5.0
 """Seconds between questions whether a node is about to be taken away: each is a barrier."""
 
 
-def run_stage(task: StageTask) -> Outcome:
-    """The `train_loop_per_worker` of a stage."""
+def run_stage(config: dict[str, Any]) -> Outcome:
+    """The `train_loop_per_worker` of a stage. config: `task`, a reference to its `StageTask`."""
+    task: StageTask = ray.get(config["task"])
     for chatty in ("ray.data", train_context.__file__):  # which names its logger by its file
         logging.getLogger(chatty).setLevel(logging.WARNING)
     if task.train.deterministic:

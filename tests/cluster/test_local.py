@@ -12,13 +12,13 @@ import requests
 from ray.job_submission import JobStatus, JobSubmissionClient
 
 from tests.jobs.head import ROOT, Head, demo_job, running_head
+from tests.small_text import small_text
 
-SMALL = [
-    "--model.cell_layers=1",
-    "--model.cell_width=32",
-    "--objective.ctm_cells=1",
-    "--train.stage2_epochs=1",
-]
+
+def small(folder: Path) -> list[str]:
+    """Options of a model whose training is seconds; its text encoder is written into `folder`."""
+    options = ["--model.cell_layers=1", "--model.cell_width=32", "--objective.ctm_cells=1"]
+    return [*options, f"--model.text_init={small_text(folder / 'text')}"]
 
 
 def alive(head: Head) -> dict[str, list[dict[str, float]]]:
@@ -43,7 +43,7 @@ def test_a_job_brings_nodes_up_and_they_go(tmp_path: Path) -> None:
             time.sleep(0.5)  # the dashboard has not heard of the head yet
         assert list(alive(head)) == ["head"], "nodes stand there before anybody asked"
         resources = '--train.worker_resources={"trainer": 1}'
-        _, _, *options = demo_job(tmp_path, "--train.cpus_per_worker=0", resources, *SMALL)
+        _, _, *options = demo_job(tmp_path, "--train.cpus_per_worker=0", resources, *small(tmp_path))
         head.submit("scaled", "python", str(ROOT / "jobs" / "pretrain.py"), *options, upload=False)
         client = JobSubmissionClient(head.dashboard)
         most: dict[str, int] = {}

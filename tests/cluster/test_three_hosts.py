@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cluster.test_local import SMALL
+from tests.cluster.test_local import small
 from tests.faults.hosts import BIN, Resources, three_hosts
 from tests.jobs.head import ROOT, demo_job
 
@@ -27,7 +27,7 @@ def test_a_job_on_three_hosts_with_a_token(tmp_path: Path) -> None:
     token.chmod(0o600)
     environment = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token)}
     resources = '--train.worker_resources={"trainer": 1}'
-    job = demo_job(tmp_path, "--train.cpus_per_worker=0", resources, *SMALL)
+    job = demo_job(tmp_path, "--train.cpus_per_worker=0", resources, *small(tmp_path))
     submit = [BIN / "ray", "job", "submit", f"--address={DASHBOARD}", "--working-dir=.", "--", *job]
     with three_hosts(HOSTS, environment, dashboard=True) as net:
         log = (tmp_path / "log").open("wb")

@@ -10,9 +10,9 @@ import torch
 
 from langcell.batch import Packed, TextTable
 from langcell.corpus import stream as streams
-from langcell.corpus.plan import Epoch, Plan, RowGroups, Span, Window
+from langcell.corpus.plan import Epoch, Plan, Position, RowGroups, Span, Window
 from langcell.corpus.schema import BLOCK_SCHEMA
-from langcell.corpus.stream import Position, deal_window, draw_variants, micro_batch, read_cells, stream
+from langcell.corpus.stream import deal_window, draw_variants, micro_batch, read_cells, stream
 
 TEXTS = [11, 22, 33]
 

@@ -57,12 +57,15 @@ HEALTH = {
 }
 """A node is given up after seconds instead of a minute."""
 STEPS, EPOCH = 69, 23
+TEXT = "text"
+"""Where in a tiny run's folder its text encoder lies (`tests.small_text`)."""
 LOSSES = ("mgm", "cc", "ct", "ctm", "grad_norm")
 
 
 def argv(folder: Path, **changed: Any) -> list[str]:
     """Options of a tiny run whose corpus lies in `folder`; `train__seed=1` changes one."""
-    options = {"corpus.dir": f"{folder}/corpus", "census.dir": f"{folder}/census", **TINY}
+    places = {"corpus.dir": "corpus", "census.dir": "census", "model.text_init": TEXT}
+    options = {name: f"{folder}/{place}" for name, place in places.items()} | TINY
     options |= {name.replace("__", "."): str(value) for name, value in changed.items()}
     return [f"--{name}={value}" for name, value in options.items()]
 

@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-import subprocess
-import sys
 import warnings
 from itertools import pairwise
 from pathlib import Path
 
 import anndata
-import h5py
 import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
 from anndata import AnnData
-from anndata.io import write_elem
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -450,6 +446,11 @@ def test_the_organism_of_a_file_may_stand_in_uns_or_nowhere() -> None:
 def test_orthologues_beside_own_ids_are_no_other_organism() -> None:
     adata = adata_of([[1, 2]], IDS[:2], mouse_gene=[ensembl(1, "ENSMUSG"), ensembl(2, "ENSMUSG")])
     assert read(adata) == [[CLS, 3, 4]]
+    adata.var_names = SYMBOLS[:2]
+    assert read(adata) == [[CLS, 3, 4]]
+    adata.var["ensembl_id"] = adata.var.pop("mouse_gene")  # there a file has the ids of its own genes
+    with pytest.raises(InputError, match=r"var\['ensembl_id'\] holds genes of mus_musculus"):
+        read(adata)
 
 
 def test_no_gene_of_the_vocabulary() -> None:
@@ -478,61 +479,3 @@ def test_what_cannot_be_read_says_so(tmp_path: Path) -> None:
     by_column.write_h5ad(tmp_path / "csc.h5ad")
     with pytest.raises(InputError, match=r"X is stored by columns \(CSC\).*a\.X\.tocsr\(\)"):
         read(anndata.read_h5ad(tmp_path / "csc.h5ad", backed="r"))
-
-
-READ_ALL = """
-import resource, sys
-import anndata
-from langcell.inference.counts import Counts
-from tests.inference.test_counts import big_model
-
-adata = anndata.read_h5ad(sys.argv[1], backed="r")
-counts = Counts.of(adata, *big_model(), organism="homo_sapiens", max_length=2048)
-peaks, cells, tokens = [], 0, 0
-for first, sentences in counts.chunks():
-    assert first == cells
-    cells += len(sentences)
-    tokens += len(sentences.tokens_T)
-    peaks.append(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
-print(cells, tokens, peaks[1], peaks[-1])
-"""
-CELLS, GENES, ENTRIES = 200_000, 2_000, 100
-
-
-def big_model() -> tuple[Vocabulary, Beta]:
-    ids = [ensembl(i) for i in range(GENES)]
-    return Vocabulary(ids), Beta(ids, ids, np.ones(GENES, np.int64), np.linspace(1, 9, GENES))
-
-
-@pytest.mark.slow
-def test_memory_follows_the_chunk_and_not_the_file(tmp_path: Path) -> None:
-    """160 MB of counts: the peak of the process after two chunks (485 MB, nearly all libraries) grows by 3 MB
-    until the last of 49."""
-    rng = np.random.default_rng(0)
-    path = tmp_path / "big.h5ad"
-    with h5py.File(path, "w") as file:
-        write_elem(file, "obs", pd.DataFrame(index=[f"c{i}" for i in range(CELLS)]))
-        write_elem(file, "var", pd.DataFrame(index=big_model()[0].gene_ids))
-        x = file.create_group("X")
-        x.attrs.update({"encoding-type": "csr_matrix", "encoding-version": "0.1.0", "shape": (CELLS, GENES)})
-        x["indptr"] = np.arange(CELLS + 1, dtype=np.int64) * ENTRIES
-        data = x.create_dataset("data", (CELLS * ENTRIES,), np.float32)
-        indices = x.create_dataset("indices", (CELLS * ENTRIES,), np.int32)
-        step = GENES // ENTRIES
-        for first in range(0, CELLS, 10_000):
-            part = slice(first * ENTRIES, (first + 10_000) * ENTRIES)
-            columns = np.arange(ENTRIES) * step + rng.integers(0, step, (10_000, ENTRIES))
-            indices[part] = columns.ravel()
-            data[part] = rng.integers(1, 6, 10_000 * ENTRIES)
-        file.attrs.update({"encoding-type": "anndata", "encoding-version": "0.1.0"})
-    done = subprocess.run(
-        [sys.executable, "-c", READ_ALL, str(path)],
-        capture_output=True,
-        text=True,
-        cwd=Path(__file__).parents[2],
-        timeout=300,
-    )
-    assert done.returncode == 0, done.stderr
-    cells, tokens, early, late = map(int, done.stdout.split())
-    assert (cells, tokens) == (CELLS, CELLS * (ENTRIES + 1))
-    assert late - early < 25, (early, late)

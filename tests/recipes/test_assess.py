@@ -20,7 +20,7 @@ from langcell.corpus.manifest import Manifest
 from langcell.errors import InputError
 from langcell.inference.pretrained import Pretrained
 from langcell.recipes import assess
-from langcell.recipes.assess import AssessConfig
+from langcell.recipes.assess import AssessConfig, _Parts
 from langcell.recipes.benchmarks import pathways
 from langcell.recipes.benchmarks.data import read_cohort
 from langcell.recipes.benchmarks.few_shot import few_shot
@@ -77,6 +77,40 @@ def test_the_cells_of_a_file_are_read_with_what_the_parts_need(study: Path, mode
     np.testing.assert_allclose(cohort.features_NG.toarray(), expected, rtol=1e-6)
     assert "is not known here" in cohort.about["left_out"]
     assert cohort.about["left_out_cells"] == 0
+
+
+def test_silent_cells_are_left_out_and_counted(study: Path, model: Pretrained, tmp_path: Path) -> None:
+    adata = anndata.read_h5ad(study)
+    counts = adata.X.tocsr()
+    counts.data[counts.indptr[5] : counts.indptr[6]] = 0
+    counts.eliminate_zeros()
+    adata.X = counts
+    adata.write_h5ad(tmp_path / "silent.h5ad")
+    cohort = read_cohort(_asked(study, data=str(tmp_path / "silent.h5ad")), model)
+    assert cohort.about["silent_cells"] == 1
+    assert len(cohort.packed) == len(cohort.obs) == len(cohort.label_N) == cohort.about["cells"] == 35
+    assert adata.obs_names[5] not in cohort.obs.index
+    whole = read_cohort(_asked(study), model)
+    np.testing.assert_allclose(cohort.z_NP, np.delete(whole.z_NP, 5, 0), atol=1e-6)
+
+
+def test_test_cells_of_types_that_no_cell_teaches_are_left_out(
+    study: Path, model: Pretrained, tmp_path: Path
+) -> None:
+    """A column of groups decides, and one type stands in a single group."""
+    cohort = read_cohort(_asked(study), model)
+    types = np.unique(cohort.label_N)
+    alone = cohort.label_N == types[-1]
+    group = np.where(alone, "test", np.where(np.arange(len(alone)) % 2, "train", "test"))
+    cohort.obs["part"] = group
+    config = AssessConfig(evaluate=_asked(study, split="part", parts=["finetuning"]))
+    found = _Parts(config, model, cohort, tmp_path).split
+    assert set(cohort.label_N[found.train]) == set(cohort.label_N[found.test]) == set(types[1:-1])
+    assert found.left_out["class of no training cell"] == alone.sum()
+    assert found.left_out["no type, or the only cell of its type"] == 2
+    cohort.obs["part"] = np.where(alone, "train", "test")
+    with pytest.raises(InputError, match=r"evaluate\.split: every training cell is"):
+        _Parts(config, model, cohort, tmp_path)
 
 
 def test_a_sample_is_seeded_and_said(study: Path, model: Pretrained) -> None:

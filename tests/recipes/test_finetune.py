@@ -48,7 +48,7 @@ OBS = pd.DataFrame(
 
 
 def split(labels: Labels, by: str | None = None, test: float = 0.2, val: float = 0.1, seed: int = 0) -> Any:
-    return split_cells(labels, OBS, by, test_share=test, val_share=val, seed=seed)
+    return split_cells(labels, OBS, by, test_share=test, val_share=val, seed=seed, option="x.by")
 
 
 def test_classes_numbers_and_several_labels_are_read() -> None:
@@ -99,12 +99,12 @@ def test_a_flat_number_is_refused() -> None:
 def test_a_random_split_takes_the_same_share_of_each_class() -> None:
     value = np.repeat([0, 1, 2], [100, 40, 2])
     labels = replace(read_labels(OBS, ["type"], "classification"), value=value)
-    found = split_cells(labels, OBS, None, test_share=0.2, val_share=0.1, seed=0)
+    found = split_cells(labels, OBS, None, test_share=0.2, val_share=0.1, seed=0, option="by")
     counts = {part: np.bincount(value[getattr(found, part)]).tolist() for part in ("train", "val", "test")}
     assert counts == {"train": [70, 28, 1], "val": [10, 4], "test": [20, 8, 1]}
     assert sorted(np.concatenate([found.train, found.val, found.test])) == list(range(142))
     assert found.rule == "20% of the cells of each class to test and 10% to validate, at random (seed 0)"
-    other = split_cells(labels, OBS, None, test_share=0.2, val_share=0.1, seed=1)
+    other = split_cells(labels, OBS, None, test_share=0.2, val_share=0.1, seed=1, option="by")
     assert found.test.tolist() != other.test.tolist()
 
 
@@ -126,18 +126,20 @@ def test_a_column_may_hold_the_split() -> None:
     labels = read_labels(OBS, ["type"], "classification")
     found = split(labels, "split")
     assert (found.train.tolist(), found.val.tolist(), found.test.tolist()) == (list(range(5)), [5, 6], [7, 8])
-    with pytest.raises(InputError, match="no column 'no'"):
+    assert found.left_out == {"obs['split'] names no part": 1}
+    with pytest.raises(InputError, match=r"x\.by: obs has no column 'no'"):
         split(labels, "no")
 
 
 def test_classes_that_are_never_trained_are_left_out_and_counted() -> None:
     labels = read_labels(OBS, ["type"], "classification")
     found = replace(split(labels, "split"), train=np.array([0, 2, 4]))  # b, b, c
-    learnt, kept, lost = labels.learnt(found)
+    learnt, kept = labels.learnt(found)
     assert learnt.head.classes == ("b", "c")
-    assert (kept.val.tolist(), kept.test.tolist(), lost) == ([5, 6], [8], 1)
+    assert (kept.val.tolist(), kept.test.tolist()) == ([5, 6], [8])
+    assert kept.left_out == {"obs['split'] names no part": 1, "class of no training cell": 1}
     assert learnt.targets(np.array([0, 4, 6, 8])).tolist() == [0, 1, 0, 1]
-    with pytest.raises(InputError, match="every training cell is 'b'"):
+    with pytest.raises(InputError, match=r"x\.by: every training cell is 'b'"):
         labels.learnt(replace(found, train=np.array([0, 2])))
 
 

@@ -19,6 +19,7 @@ import anndata
 import numpy as np
 import pandas as pd
 import scipy.sparse as sp
+import torch
 import yaml
 
 from langcell.batch import Packed
@@ -47,7 +48,8 @@ class Cohort:
 
     obs, var: of the cells and of the genes of their counts; label_N: cell types as the file has them, '' for
     none; facets: by facet, `cell_type` first; packed: sentences; z_NP: float32, of unit length; features_NG:
-    log-normalised counts (float64); about: for the summary, where they come from and what was left out.
+    log-normalised counts (float64); about: for the summary, where they come from and what was left out, cells
+    without a count in the model's genes (`silent_cells`) among it.
     """
 
     obs: pd.DataFrame
@@ -76,14 +78,11 @@ def read_cohort(asked: AssessOptions, model: Pretrained) -> Cohort:
     adata, about = _read(asked, model)
     symbols = read_symbols(asked.symbols, "evaluate.symbols") if asked.symbols else None
     given = _terms(asked.terms)
-    facets = {}
-    for facet, column in {"cell_type": asked.label, **asked.facets}.items():
+    columns = {"cell_type": asked.label, **asked.facets}
+    for facet, column in columns.items():
         if column not in adata.obs:
             option = "label" if facet == "cell_type" else f"facets.{facet}"
             raise InputError(_no_column(column, option, adata.obs))
-        beside = f"{column}_ontology_term_id"
-        ids = adata.obs[beside].tolist() if beside in adata.obs else None
-        facets[facet] = resolve(facet, adata.obs[column].tolist(), ids, given, model.ontology)
     counts = Counts.of(
         adata,
         model.vocabulary,
@@ -94,6 +93,17 @@ def read_cohort(asked: AssessOptions, model: Pretrained) -> Cohort:
         symbols=symbols,
     )
     packed = counts.sentences(0, counts.n)
+    silent = int(counts.empty_N.sum())
+    if silent == counts.n:
+        raise InputError(f"evaluate.data: no cell of {asked.data} has a count in the model's genes")
+    if silent:
+        speaking = np.flatnonzero(~counts.empty_N)
+        adata, packed = adata[speaking].copy(), packed.select(torch.from_numpy(speaking))
+    facets = {}
+    for facet, column in columns.items():
+        beside = f"{column}_ontology_term_id"
+        ids = adata.obs[beside].tolist() if beside in adata.obs else None
+        facets[facet] = resolve(facet, adata.obs[column].tolist(), ids, given, model.ontology)
     matrix, var = _matrix(adata, asked.layer)
     totals = np.asarray(matrix.sum(1)).ravel()
     if "raw_sum" in adata.obs:
@@ -106,7 +116,13 @@ def read_cohort(asked: AssessOptions, model: Pretrained) -> Cohort:
         packed=packed,
         z_NP=embed_cells(model.model, packed, asked.batch_tokens).numpy(),
         features_NG=log_features(matrix, totals),
-        about={**about, "genes": counts.genes, "naming": counts.naming},
+        about={
+            **about,
+            "cells": len(packed),
+            "silent_cells": silent,
+            "genes": counts.genes,
+            "naming": counts.naming,
+        },
     )
 
 

@@ -16,6 +16,7 @@ import numpy as np
 
 from langcell.inference.prototypes import draw_shots
 from langcell.inference.tables import MEASURES, measures
+from langcell.recipes.labels import Split
 
 Predict = Callable[[np.ndarray, np.ndarray, int], np.ndarray]
 """(rows shown, rows asked, seed) -> class of each row asked, int64."""
@@ -74,18 +75,19 @@ def spread(scores: Sequence[Mapping[str, float]]) -> dict[str, dict[str, Any]]:
 
 
 def all_data(
-    class_N: np.ndarray,
-    train: np.ndarray,
-    test: np.ndarray,
-    rule: str,
-    methods: Mapping[str, Predict],
-    seeds: Sequence[int],
+    class_N: np.ndarray, split: Split, methods: Mapping[str, Predict], seeds: Sequence[int]
 ) -> dict[str, Any]:
     """Measures of each method after all training cells, beside the best constant answer, and the split."""
+    train, test = split.train, split.test
     truth = class_N[test]
     constant = np.full(len(test), np.bincount(class_N[train]).argmax())
     return {
-        "split": {"rule": rule, "train": len(train), "test": len(test)},
+        "split": {
+            "rule": split.rule,
+            "train": len(train),
+            "test": len(test),
+            "left_out": {why: n for why, n in split.left_out.items() if n},
+        },
         "seeds": list(seeds),
         "n": len(test),
         "classes": len(np.unique(class_N[train])),

@@ -85,8 +85,8 @@ def finetuning(result: Mapping[str, Any]) -> str:
         table(["method", *map(_words, MEASURES)], rows)
         + f"\n\nSplit: {split['rule']}; {split['train']} cells to learn from, {split['test']} to test, "
         f"{result['classes']} types, {len(result['seeds'])} seeds: mean (least to greatest)."
-        + RANDOM
-        * ("random_init" in result["methods"])
+        + "".join(f" Left out: {n} ({why})." for why, n in split["left_out"].items())
+        + RANDOM * ("random_init" in result["methods"])
     )
 
 
