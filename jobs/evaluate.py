@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from langcell.recipes import assess
+from langcell.recipes import evaluate
 from langcell.recipes.entry import main
 
 if __name__ == "__main__":
     preset = Path(__file__).parent / "configs" / "evaluate.yaml"
-    sys.exit(main(assess.run, __doc__, preset, tree=assess.AssessConfig))
+    sys.exit(main(evaluate.run, __doc__, preset, tree=evaluate.EvaluateConfig))

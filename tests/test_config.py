@@ -13,8 +13,8 @@ from langcell.config import BOUNDS, Config, parse, parse_tree
 from langcell.errors import InputError
 from langcell.recipes.ablation import AblationConfig
 from langcell.recipes.annotate import AnnotateConfig
-from langcell.recipes.assess import AssessConfig
 from langcell.recipes.convert import ConvertConfig
+from langcell.recipes.evaluate import EvaluateConfig
 from langcell.recipes.finetune import FinetuneConfig
 
 TREES: dict[str, type] = {
@@ -23,7 +23,7 @@ TREES: dict[str, type] = {
     "annotate": AnnotateConfig,
     "convert": ConvertConfig,
     "finetune": FinetuneConfig,
-    "evaluate": AssessConfig,
+    "evaluate": EvaluateConfig,
 }
 """The options of each job, by the name of its preset; jobs of training read that of the demo."""
 CONFIGS = Path(__file__).parents[1] / "jobs" / "configs"

@@ -1,226 +1,286 @@
-"""The five zero-shot tables of a model, from the cells that a corpus kept aside.
+"""What a trained model is good for: jobs/evaluate.py.
 
-The model judges sentences of the corpus; only the supervised baseline goes back to the source for counts, on
-storage that may have failed since, with a training behind it that took days. So it reads as the passes over
-X do, in tasks that are tried again, and is left out where that does not help.
+Seven parts, each of which can be left out, on one cohort of at most some thousand cells. Every figure stands
+beside what needs no such model: chance and the best constant answer, logistic regression and principal
+components of the same counts, the same head on a cell encoder that has not read LangCell's corpus. A part
+that cannot be measured on these cells says why and costs the others nothing.
+
+The tables of a training run itself, which know what was held out of it, are `recipes.tables`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import closing
-from dataclasses import dataclass, replace
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
-import ray
-import scipy.sparse as sp
 
-from langcell.batch import Packed
-from langcell.cells.faults import Fault
-from langcell.census.experiment import Census
-from langcell.census.options import CensusOptions
-from langcell.census.reading import read_cells
-from langcell.census.slices import Source, make_slices
-from langcell.census.source import open_source
-from langcell.census.tokenised import TokenisedFolder
-from langcell.config import Config
-from langcell.corpus.blocks import sample_cells
-from langcell.corpus.manifest import Manifest
-from langcell.corpus.measuring import measure
-from langcell.corpus.schema import SPLITS, TRAIN
-from langcell.corpus.tasks import plainly, task
-from langcell.corpus.texts import read_texts
 from langcell.errors import InputError
-from langcell.inference.baseline import log_features, logistic_regression
-from langcell.inference.embed import embed_cells, embed_texts
-from langcell.inference.figures import JointSpace
-from langcell.inference.options import EvalOptions
-from langcell.inference.tables import EvalCells, Table, zero_shot_tables
-from langcell.model.interop import load_tokenizer
-from langcell.model.langcell import LangCell
-from langcell.text.describe import candidate
-from langcell.text.ontology import Ontology
-from langcell.text.options import TextOptions
+from langcell.files import write_whole
+from langcell.inference.clustering import clustering
+from langcell.inference.curves import few_shot_curves
+from langcell.inference.embed import embed_texts
+from langcell.inference.facets import Facet, zero_shot_facets
+from langcell.inference.figures import tables_bar
+from langcell.inference.integration import check_installed, integration
+from langcell.inference.predict import Head
+from langcell.inference.pretrained import Pretrained
+from langcell.inference.prototypes import taking_part
+from langcell.inference.retrieval import retrieval
+from langcell.inference.tables import Table
+from langcell.recipes.benchmarks import pathways, sections
+from langcell.recipes.benchmarks.data import Cohort, read_cohort
+from langcell.recipes.benchmarks.few_shot import all_data, few_shot
+from langcell.recipes.benchmarks.methods import Methods
+from langcell.recipes.labels import Labels, Split, split_cells
+from langcell.recipes.options import EvaluateOptions, PlaceOptions
+from langcell.recipes.report import png
+from langcell.storage import absolute
+from langcell.train.options import FitOptions
 
-TASK_NNZ = 250_000
-"""Most non-zeros of a task that reads counts of a sample: some 150 cells, which stand in as many bands of a
-large Census, 66 ms each."""
+TITLES = {
+    "zero_shot": "Zero-shot: the candidates are the terms that the cells have",
+    "few_shot": "Few-shot: the same shots and the same test cells for every method",
+    "finetuning": "Fine-tuning on all training cells",
+    "retrieval": "Retrieval in the joint space",
+    "integration": "Batch integration (scib-metrics)",
+    "clustering": "Clusters against cell types",
+    "pathways": "Pathways, several labels at once",
+}
+FEW_SHOT = "few_shot"
+TEST_SHARE = 0.2
+"""Share of the cells that fine-tuning and pathways are tested on, where the file has no split of its own."""
 
 
-@dataclass(frozen=True)
-class Aside:
-    """Cells for judging, with the joinids by which their counts are found again."""
+@dataclass
+class EvaluateConfig:
+    """Everything jobs/evaluate.py can be told."""
 
-    cells: EvalCells
-    soma_joinid_N: np.ndarray
-    train: pa.Table
-    """Training cells for the supervised baseline: soma_joinid and term."""
+    run: PlaceOptions = field(default_factory=PlaceOptions)
+    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
+    fit: FitOptions = field(default_factory=FitOptions)
 
 
-def set_aside(config: Config, manifest: Manifest) -> Aside:
-    """Seeded samples of the test, held-out and training cells of the corpus."""
+def run(config: EvaluateConfig) -> dict[str, Any]:
+    """Measure the parts that are asked for; their results, which also stand in summary.json and tables.md of
+    `run.dir`, beside the figures.
 
-    def sample(split: str, *columns: str) -> pa.Table:
-        return sample_cells(
-            config.corpus.dir, manifest, split, config.eval.max_cells, config.corpus.split_seed, columns
-        )
-
-    splits = ("test", "held_out")
-    tables = [sample(split, "soma_joinid", "term", "tokens") for split in splits]
-    cells = pa.concat_tables(tables).combine_chunks()
-    tokens = cells["tokens"].combine_chunks()
-    texts = read_texts(config.corpus.dir)
-    trained = {term for term, n in zip(texts.term, texts.cells[:, TRAIN], strict=True) if n and term}
-    return Aside(
-        EvalCells(
-            packed=Packed.from_offsets(tokens.values.to_numpy(), tokens.offsets.to_numpy()),
-            term=cells["term"].to_pylist(),
-            split=[name for name, table in zip(splits, tables, strict=True) for _ in range(len(table))],
-            train_types=sorted(trained),
-            text_terms=trained,
-        ),
-        cells["soma_joinid"].to_numpy(),
-        sample(SPLITS[TRAIN], "soma_joinid", "term"),
+    Raises InputError for what the user can mend.
+    """
+    asked, started = config.evaluate, time.monotonic()
+    _check(asked)
+    directory = Path(absolute(config.run.dir))
+    directory.mkdir(parents=True, exist_ok=True)
+    model = Pretrained.from_pretrained(absolute(asked.model))
+    cohort = read_cohort(asked, model)
+    for option in ("batch", "split"):
+        if (column := getattr(asked, option)) is not None:
+            cohort.column(column, option)
+    about = cohort.about
+    print(
+        f"model    {model.name}: {len(model.vocabulary.gene_ids):,} genes of {model.organism}\n"
+        f"cells    {about['cells']:,} of {about['cells_given']:,} of {about['data']}; left out "
+        f"{about['left_out_cells']:,}: {about['left_out']}"
+        + f"; without a count in the model's genes: {about['silent_cells']:,}"
+        * (about["silent_cells"] > 0),
+        flush=True,
     )
+    parts = _Parts(config, model, cohort, directory)
+    results: dict[str, Any] = {}
+    written = [f"# {model.name}: evaluation\n"]
+    for name in TITLES:
+        if name in asked.parts:
+            results[name] = getattr(parts, name)()
+            show: Callable[[dict[str, Any]], str] = getattr(sections, name)
+            written.append(f"## {TITLES[name]}\n\n{show(results[name])}\n")
+            print("", written[-1], sep="\n", flush=True)
+    summary = {"model": model.name, **about, **results, "seconds": time.monotonic() - started}
+    write_whole(directory / "summary.json", json.dumps(summary, indent=2))
+    write_whole(directory / "tables.md", "\n".join(written))
+    for what, name in (("tables", "tables.md"), ("summary", "summary.json")):
+        print(f"{what:<8} {directory / name}", flush=True)
+    return summary
 
 
-@dataclass(frozen=True)
-class ContrastOnly:
-    """The `ct` figures of a model in training: the function that the training loop is handed."""
+def _check(asked: EvaluateOptions) -> None:
+    """What a type cannot say."""
+    for name in ("shots", "recall"):
+        values = getattr(asked, name)
+        if not values or sorted(set(values)) != values or values[0] < 1:
+            raise InputError(f"evaluate.{name}: {values} must be counts of at least 1 in rising order")
+    if "cell_type" in asked.facets:
+        raise InputError("evaluate.facets: the column of cell_type is given by evaluate.label")
+    if asked.pathways and asked.pathway_columns:
+        raise InputError("evaluate.pathways and evaluate.pathway_columns: give one of them")
+    if asked.batch is not None and "integration" in asked.parts:
+        check_installed()
 
-    cells: EvalCells
-    options: EvalOptions
-    text: TextOptions
-    text_init: str
-    tau: float
 
-    def __call__(self, model: LangCell) -> dict[str, float]:
-        """Balanced accuracy of each table that has cells."""
-        tables = zero_shot_tables(
-            model,
-            load_tokenizer(self.text_init),
-            self.cells,
-            Ontology.load(self.text),
-            self.options,
-            tau=self.tau,
-            max_length=self.text.max_length,
-            two_step=False,
+class _Parts:
+    """The parts, each a method that gives its result; what several of them need is made once."""
+
+    def __init__(self, config: EvaluateConfig, model: Pretrained, cohort: Cohort, directory: Path) -> None:
+        self.asked, self.model, self.cohort, self.directory = config.evaluate, model, cohort, directory
+        self.methods = Methods(config.evaluate, config.fit, model, cohort)
+        self.seeds = range(self.asked.seed, self.asked.seed + self.asked.seeds)
+        if {"finetuning", "pathways"} & set(self.asked.parts):
+            self.split = self._split()  # what is wrong with it is said before any part takes its time
+        if "pathways" in self.asked.parts:
+            self.pathway_labels = self._pathway_labels()
+        self.types: Facet = cohort.facets["cell_type"]
+
+    @cached_property
+    def terms(self) -> list[str]:
+        """Cell types (CL ids) of the cells."""
+        return sorted(self.types.texts)
+
+    @cached_property
+    def class_N(self) -> np.ndarray:
+        """Index of each cell's type among `terms`, -1 for none."""
+        place = {term: i for i, term in enumerate(self.terms)}
+        return np.array([place.get(term, -1) for term in self.types.term_N], np.int64)
+
+    @cached_property
+    def shown_terms(self) -> list[str]:
+        """Types with cells enough for the few-shot curves."""
+        return [self.terms[c] for c in taking_part(self.class_N, max(self.asked.shots))]
+
+    @cached_property
+    def zero_shot_tables(self) -> dict[str, Table]:
+        """The facets, and the types of the few-shot curves, asked about at once."""
+        asked = dict(self.cohort.facets) if "zero_shot" in self.asked.parts else {}
+        if "few_shot" in self.asked.parts:
+            asked[FEW_SHOT] = self.types.only(self.shown_terms)
+        return zero_shot_facets(
+            self.model,
+            self.cohort.packed,
+            asked,
+            a=self.asked.a,
+            top_k=self.asked.top_k,
+            batch_tokens=self.asked.batch_tokens,
         )
+
+    def zero_shot(self) -> dict[str, Any]:
+        tables = {name: table for name, table in self.zero_shot_tables.items() if name != FEW_SHOT}
+        write_whole(self.directory / "zero_shot.png", png(tables_bar(tables)))
+        spoken = self.model.text.facets
         return {
-            name: table.measures("ct")["balanced_accuracy"]
-            for name, table in tables.items()
-            if not table.empty
+            name: {**table.to_dict(), "in_training_texts": name in spoken} for name, table in tables.items()
         }
 
+    def few_shot(self) -> dict[str, Any]:
+        table = self.zero_shot_tables[FEW_SHOT]
+        counts = np.bincount(self.class_N[self.class_N >= 0], minlength=len(self.terms))
+        answers = {}
+        for method, predicted in table.predicted.items():
+            answer_N = np.full(len(self.class_N), -1)
+            answer_N[table.rows] = [self.terms.index(table.candidates[i]) for i in predicted]
+            answers[method] = answer_N
+        texts = [self.types.texts[term] for term in self.terms]
+        result = few_shot(
+            self.class_N,
+            self.methods.of_texts(self.class_N, texts) | self.methods.of_labels(self.class_N),
+            self.asked.shots,
+            self.seeds,
+            answers,
+            told=partial(print, flush=True),
+        )
+        if "empty" not in result:
+            result["classes"] = {term: self.types.labels[term] for term in self.shown_terms}
+            write_whole(self.directory / "few_shot.png", png(few_shot_curves(result)))
+        return result | {
+            "types_left_out": {
+                self.types.labels[term]: int(n)
+                for term, n in zip(self.terms, counts, strict=True)
+                if term not in self.shown_terms
+            }
+        }
 
-def evaluate(config: Config, model: LangCell, tau: float, aside: Aside) -> dict[str, Table]:
-    """The five tables with both scores, `seen` beside logistic regression on the same cells' counts.
+    def _split(self) -> Split:
+        """Cells to learn from and cells to test; types of one cell are left out, and test cells of types that
+        no cell teaches."""
+        label_N = self.cohort.label_N
+        labels, counts = np.unique(label_N, return_counts=True)
+        rows = np.flatnonzero(np.isin(label_N, labels[(counts > 1) & (labels != "")]))
+        classes, value = np.unique(label_N[rows], return_inverse=True)
+        all_types = Labels(Head(self.asked.label, "classification", tuple(classes)), value)
+        asked = split_cells(
+            all_types,
+            self.cohort.obs.iloc[rows],
+            self.asked.split,
+            test_share=TEST_SHARE,
+            val_share=0.0,
+            seed=self.asked.seed,
+            option="evaluate.split",
+        )
+        _, split = all_types.learnt(asked)
+        left_out = {"no type, or the only cell of its type": len(label_N) - len(rows), **split.left_out}
+        return replace(split, train=rows[split.train], test=rows[split.test], left_out=left_out)
 
-    The process must be connected to Ray.
-    """
-    tables = zero_shot_tables(
-        model,
-        load_tokenizer(config.model.text_init),
-        aside.cells,
-        Ontology.load(config.text),
-        config.eval,
-        tau=tau,
-        max_length=config.text.max_length,
-        two_step=True,
-    )
-    seen = tables["seen"]
-    if seen.empty:
-        return tables
-    known = aside.train.filter(pc.not_equal(aside.train["term"], ""))
-    baseline = supervised(
-        config.census, known, aside.soma_joinid_N[seen.rows], seen.types, seed=config.train.seed
-    )
-    return {**tables, "seen": replace(seen, baseline=baseline)}
+    def finetuning(self) -> dict[str, Any]:
+        class_N = np.unique(self.cohort.label_N, return_inverse=True)[1]
+        return all_data(class_N, self.split, self.methods.of_labels(class_N), self.seeds)
 
+    def retrieval(self) -> dict[str, Any]:
+        if len(self.terms) < 2:
+            return {"empty": f"{len(self.terms)} type has a term, at least two are needed"}
+        texts = [self.types.texts[term] for term in self.terms]
+        z_CP = embed_texts(self.model.model, self.model.tokenizer, texts, self.model.text.max_length).numpy()
+        has = self.class_N >= 0
+        return retrieval(self.cohort.z_NP[has], z_CP, self.class_N[has], self.asked.recall)
 
-def supervised(
-    census: CensusOptions, train: pa.Table, soma_joinid_N: np.ndarray, types: Sequence[str], *, seed: int
-) -> dict[str, float] | None:
-    """Measures of logistic regression on the counts of the cells `soma_joinid_N`, whose types are `types`.
+    def integration(self) -> dict[str, Any]:
+        if self.asked.batch is None:
+            return {"empty": "no column of batches is named (evaluate.batch)"}
+        batch_N = self.cohort.column(self.asked.batch, "batch").to_numpy(str)
+        has = self.cohort.label_N != ""
+        spaces = {name: x_NP[has] for name, x_NP in self.cohort.spaces.items()}
+        try:
+            found = integration(spaces, self.cohort.label_N[has], batch_N[has], unintegrated="X_pca")
+        except InputError as error:  # one batch, or few cells: no reason to lose the other parts
+            return {"empty": str(error)}
+        return {"n": int(has.sum()), "batches": len(set(batch_N[has])), "spaces": found}
 
-    train: cells to learn from, soma_joinid and term. Cells whose counts are none are left out of both. None
-    where there are no counts (a source of sentences), and, with a printed line, where they cannot be read
-    any more: a comparison shall not cost a finished training.
-    """
-    joinid = np.concatenate([train["soma_joinid"].to_numpy(), soma_joinid_N])
-    try:
-        with closing(open_source(census)) as source:
-            if isinstance(source, TokenisedFolder):
-                return None
-            counts, totals, sound = read_counts(source, census, joinid)
-    except InputError as error:
-        print(f"no logistic regression beside `seen`: {error}", flush=True)
-        return None
-    features = log_features(counts, totals)
-    learnt, asked = sound[: len(train)], sound[len(train) :]
-    n = int(learnt.sum())
-    return logistic_regression(
-        features[:n],
-        np.asarray(train["term"].to_pylist())[learnt].tolist(),
-        features[n:],
-        np.asarray(types)[asked].tolist(),
-        seed,
-    )
+    def clustering(self) -> dict[str, Any]:
+        has = self.cohort.label_N != ""
+        labels = self.cohort.label_N[has]
+        spaces = {name: x_NP[has] for name, x_NP in self.cohort.spaces.items()}
+        found = clustering(spaces, labels, self.seeds)
+        return {"n": len(labels), "clusters": len(set(labels)), "spaces": found}
 
+    def pathways(self) -> dict[str, Any]:
+        label_NL, about = self.pathway_labels
+        if label_NL is None:
+            return about
+        methods = {
+            "langcell_ce": self.methods.multi_label,
+            "X_langcell": pathways.heads(self.cohort.z_NP, self.asked.seed),
+            "X_pca": pathways.heads(self.cohort.spaces["X_pca"], self.asked.seed),
+            "logistic_regression": pathways.heads(self.cohort.features_NG, self.asked.seed),
+        }
+        found = pathways.multi_label(methods, label_NL, self.split.train, self.split.test)
+        return found | about | {"rule": self.split.rule}
 
-def read_counts(
-    source: Source, census: CensusOptions, soma_joinid_N: np.ndarray
-) -> tuple[sp.csr_matrix, np.ndarray, np.ndarray]:
-    """Counts [M, genes] and totals [M] of those of the cells that are sound, in the order given, and which
-    these are (bool [N]). The process must be connected to Ray.
-
-    Raises InputError where a slice cannot be read, or a task's worker died again and again.
-    """
-    obs = source.obs([])
-    wanted = obs.filter(pc.is_in(obs["soma_joinid"], pa.array(soma_joinid_N)))
-    if isinstance(source, Census) and wanted["nnz"].null_count:
-        wanted = measure(source.reader, census.attempts, wanted)
-    reader, reading = ray.put(source.reader), task(read_cells)
-    slices = make_slices(wanted, min(census.slice_nnz, TASK_NNZ))
-    with plainly():
-        read = ray.get([reading.remote(reader, part, census.attempts) for part in slices])
-    if reasons := [cells.reason for cells in read if cells.reason]:
-        raise InputError(f"census: {len(reasons)} of {len(read)} slices cannot be read: {reasons[0]}")
-    row_N = np.searchsorted(wanted["soma_joinid"].to_numpy(), soma_joinid_N)
-    sound_N = (np.concatenate([cells.fault for cells in read]) == Fault.NONE)[row_N]
-    rows = row_N[sound_N]
-    counts = sp.vstack([cells.counts for cells in read], format="csr")
-    return counts[rows], np.concatenate([cells.totals for cells in read])[rows], sound_N
-
-
-def joint_space(config: Config, model: LangCell, aside: Aside, tables: dict[str, Table]) -> JointSpace:
-    """Cells set aside and all candidate texts, embedded by the model."""
-    ontology = Ontology.load(config.text)
-    candidates = sorted({term for table in tables.values() for term in table.candidates})
-    terms = [term for term in map(ontology.get, candidates) if term is not None]
-
-    def label(term_id: str) -> str:
-        term = ontology.get(term_id)
-        return term.label if term is not None else "unknown"
-
-    cells = aside.cells
-    return JointSpace(
-        z_NP=embed_cells(model, cells.packed, config.eval.batch_tokens).numpy(),
-        cell_type=[label(term) for term in cells.term],
-        z_KP=embed_texts(
-            model,
-            load_tokenizer(config.model.text_init),
-            [candidate(term) for term in terms],
-            config.text.max_length,
-        ).numpy(),
-        text=[term.label for term in terms],
-        held_out=frozenset(map(label, set(cells.term) - set(cells.train_types))),
-    )
-
-
-def zero_shot_summary(tables: dict[str, Table]) -> dict[str, Any]:
-    """`zero_shot` of summary.json."""
-    return {name: table.to_dict() for name, table in tables.items()}
+    def _pathway_labels(self) -> tuple[np.ndarray | None, dict[str, Any]]:
+        """Which pathways are high in which cells (bool [N, L]), and what to say of it; None where there are
+        none."""
+        if self.asked.pathway_columns:
+            label_NL = pathways.stated_NL(self.cohort.obs, self.asked.pathway_columns)
+            return label_NL, {"label": "Labels: columns of obs."}
+        if self.asked.pathways is None:
+            return None, {"empty": "neither gene sets nor columns are named (evaluate.pathways)"}
+        sets = pathways.read_gmt(absolute(self.asked.pathways))
+        columns = pathways.set_columns(sets, self.cohort.var)
+        if not columns:
+            return None, {"empty": f"no set has {pathways.FEWEST_GENES} genes of the data"}
+        about = {
+            "label": "A label says that the mean z-score of the set's genes, in these very counts, is above "
+            "the training cells' upper quartile: what is measured is how much of it a method keeps.",
+            "too_few_genes": sorted(set(sets) - set(columns)),
+        }
+        return pathways.high_NL(self.cohort.features_NG, list(columns.values()), self.split.train), about

@@ -54,17 +54,23 @@ class AblationOptions:
 
 
 @dataclass
-class AnnotateJobOptions:
-    """Which cells are annotated, by which model, with which candidates."""
+class ReadingOptions:
+    """By which trained model a file of cells is read, and how."""
 
     model: str = "runs/demo/export"
     """Directory of the trained model (the `export/` of a run, or what jobs/convert.py wrote)."""
-    data: str | None = None
-    """.h5ad file with raw counts. None: the cells that `census` selects."""
     layer: str | None = None
     """Where the file's raw counts are: None: X; `raw`; or the name of a layer."""
     symbols: str | None = None
     """Table of gene symbols and Ensembl ids (.tsv, .csv, or Geneformer's gene name dictionary), where the file has symbols that the model does not know."""
+
+
+@dataclass
+class AnnotateJobOptions(ReadingOptions):
+    """Which cells are annotated, by which model, with which candidates."""
+
+    data: str | None = None
+    """.h5ad file with raw counts. None: the cells that `census` selects."""
     candidates: list[str] = field(default_factory=list)
     """What a cell may be called: names, CL ids or descriptions. None given, nor a file: the cell types that the model was trained on."""
     candidates_file: str | None = None
@@ -82,19 +88,13 @@ class AnnotateJobOptions:
 
 
 @dataclass
-class AssessOptions:
+class EvaluateOptions(ReadingOptions):
     """What a trained model is measured by, and on which cells."""
 
-    model: str = "runs/demo/export"
-    """Directory of the trained model (the `export/` of a run, or what jobs/convert.py wrote)."""
     data: str = "demo"
     """.h5ad file with raw counts; `demo`: the embedded cells that the demo's training left aside."""
     corpus: str | None = None
     """Corpus that the model was trained on: of its cells (by obs soma_joinid) those of the test and held-out splits alone are evaluated. None: runs/demo-corpus for `demo`, else every cell is taken."""
-    layer: str | None = None
-    """Where the file's raw counts are: None: X; `raw`; or the name of a layer."""
-    symbols: str | None = None
-    """Table of gene symbols and Ensembl ids (.tsv, .csv, or Geneformer's gene name dictionary), where the file has symbols that the model does not know."""
     label: str = "cell_type"
     """Column of obs with the cell types."""
     facets: dict[str, str] = field(default_factory=dict)
@@ -174,19 +174,13 @@ class ConvertOptions:
 
 
 @dataclass
-class FinetuneOptions:
+class FinetuneOptions(ReadingOptions):
     """What is fine-tuned, on which labelled cells, and how they are split."""
 
-    model: str = "runs/demo/export"
-    """Directory of the trained model (the `export/` of a run, or what jobs/convert.py wrote)."""
     init: str = "model"
     """Weights that the cell encoder starts from: `model`, the model's own; `random`, fresh ones of its shape; or a Geneformer-style folder or Hub id of its shape and vocabulary. The last two are for comparison, with `method: classifier`."""
     data: str | None = None
     """.h5ad file with raw counts and labels in obs."""
-    layer: str | None = None
-    """Where the file's raw counts are: None: X; `raw`; or the name of a layer."""
-    symbols: str | None = None
-    """Table of gene symbols and Ensembl ids (.tsv, .csv, or Geneformer's gene name dictionary), where the file has symbols that the model does not know."""
     target: list[str] = field(default_factory=lambda: ["cell_type"])
     """Column of obs that is learnt; for `multilabel` one with labels joined by ||, or several of true and false."""
     kind: Literal["classification", "regression", "multilabel"] = "classification"

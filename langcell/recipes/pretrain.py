@@ -35,14 +35,6 @@ from langcell.model.interop import (
 from langcell.model.official import LAYOUT
 from langcell.objective.stages import LOSSES
 from langcell.recipes.card import trained_card
-from langcell.recipes.evaluate import (
-    Aside,
-    ContrastOnly,
-    evaluate,
-    joint_space,
-    set_aside,
-    zero_shot_summary,
-)
 from langcell.recipes.export import export
 from langcell.recipes.prepare import prepare_corpus
 from langcell.recipes.report import write_report
@@ -57,6 +49,14 @@ from langcell.recipes.rundir import (
 )
 from langcell.recipes.session import connect
 from langcell.recipes.stopping import Stopping
+from langcell.recipes.tables import (
+    Aside,
+    ContrastOnly,
+    evaluate,
+    joint_space,
+    set_aside,
+    zero_shot_summary,
+)
 from langcell.recipes.training import Plans, fit, make_plans
 from langcell.storage import open_root, read_file, write_file
 from langcell.text.ontology import Ontology

@@ -1,147 +1,320 @@
-"""The supervised baseline: the counts of the right cells from every kind of source, and no dead run."""
+"""jobs/evaluate.py: what is evaluated, by which rules, and the whole job on a few real cells."""
 
 from __future__ import annotations
 
-import shutil
-from contextlib import closing
+import json
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import anndata
 import numpy as np
-import pyarrow as pa
+import pandas as pd
 import pytest
-import tiledbsoma as soma
+import scipy.sparse as sp
 
-from langcell.census.options import CensusOptions
-from langcell.census.source import open_source
-from langcell.census.tokenised import TokenisedFolder
+from langcell.census.demo import demo_adata
+from langcell.config import parse_tree
+from langcell.corpus.blocks import sample_cells
+from langcell.corpus.manifest import Manifest
+from langcell.errors import InputError
+from langcell.inference.pretrained import Pretrained
 from langcell.recipes import evaluate
-from langcell.recipes.evaluate import read_counts, supervised
-from tests.corpus.test_bad_cells import BAD, N, write
-from tests.corpus.test_h5ad_corpus import study
-from tests.corpus.test_measuring import old_and_new  # noqa: F401
-from tests.token_folders import corpus, save
+from langcell.recipes.benchmarks import pathways
+from langcell.recipes.benchmarks.data import read_cohort
+from langcell.recipes.benchmarks.few_shot import few_shot
+from langcell.recipes.evaluate import EvaluateConfig, _Parts
+from langcell.recipes.options import EvaluateOptions
+from tests.recipes.making import ROOT
+
+PRESET = ROOT / "jobs" / "configs" / "evaluate.yaml"
+TYPES = ["B cell", "dendritic cell", "CD14-positive monocyte"]
 
 
-def read(census: CensusOptions, joinid: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """What `read_counts` gives of a source, dense."""
-    with closing(open_source(census)) as source:
-        assert not isinstance(source, TokenisedFolder)
-        counts, totals, sound = read_counts(source, census, joinid)
-    return counts.toarray(), totals, sound
+@pytest.fixture(scope="module")
+def model(export: Path) -> Pretrained:
+    return Pretrained.from_pretrained(export, "cpu")
 
 
-def x_of(uri: str, joinid: np.ndarray) -> np.ndarray:
-    """Rows of X, dense, by TileDB-SOMA alone."""
-    with soma.open(f"{uri}/census_data/homo_sapiens/ms/RNA/X/raw") as x_raw:
-        whole = x_raw.read().coos(shape=x_raw.shape).concat().to_scipy().tocsr()
-    return whole[joinid].toarray()
+@pytest.fixture(scope="module")
+def study(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twelve cells of each of three types under labels of their own, two of them without a type."""
+    adata = demo_adata()
+    rows = np.concatenate([np.flatnonzero(adata.obs["cell_type"] == name)[:12] for name in TYPES])
+    adata = adata[rows].copy()
+    celltype = adata.obs["cell_type"].astype(object).replace({"B cell": "CD19+ B"})
+    celltype.iloc[:2] = np.nan
+    adata.obs = pd.DataFrame(
+        {
+            "celltype": pd.Categorical(celltype),
+            "organ": "blood",
+            "raw_sum": adata.obs["raw_sum"],
+            "activated": np.arange(len(rows)) % 2 == 0,
+        },
+        index=adata.obs_names,
+    )
+    path = tmp_path_factory.mktemp("study") / "study.h5ad"
+    adata.write_h5ad(path)
+    (path.parent / "terms.yaml").write_text("CD19+ B: CL:0000236\n")
+    return path
 
 
-def test_counts_come_in_the_order_of_the_cells(ray_session, demo_uri, monkeypatch) -> None:
-    monkeypatch.setattr(evaluate, "TASK_NNZ", 20_000)  # several tasks
-    joinid = np.random.default_rng(0).permutation(700)[:400]
-    counts, totals, sound = read(CensusOptions(uri=demo_uri), joinid)
-    np.testing.assert_array_equal(counts, x_of(demo_uri, joinid))
-    with soma.open(f"{demo_uri}/census_data/homo_sapiens/obs") as obs:
-        raw_sum = obs.read(column_names=["soma_joinid", "raw_sum"]).concat().sort_by("soma_joinid")["raw_sum"]
-    np.testing.assert_array_equal(totals, raw_sum.to_numpy()[joinid])
-    assert sound.all()
+def _asked(study: Path, **changed: Any) -> EvaluateOptions:
+    given = {"data": str(study), "label": "celltype", "terms": str(study.parent / "terms.yaml")}
+    return EvaluateOptions(**{**given, **changed})
 
 
-def test_a_release_that_tells_neither_lengths_nor_totals_is_measured(ray_session, request) -> None:
-    old, _ = request.getfixturevalue("old_and_new")
-    joinid = np.array([250, 3, 77])
-    counts, totals, sound = read(CensusOptions(uri=old), joinid)
-    np.testing.assert_array_equal(counts, x_of(old, joinid))
-    np.testing.assert_array_equal(totals, x_of(old, joinid).sum(axis=1))
-    assert sound.all()
+def test_the_cells_of_a_file_are_read_with_what_the_parts_need(study: Path, model: Pretrained) -> None:
+    cohort = read_cohort(_asked(study, facets={"tissue": "organ"}), model)
+    assert len(cohort.packed) == len(cohort.obs) == 36
+    assert cohort.facets["cell_type"].labels["CL:0000236"] == "B cell"
+    assert cohort.facets["cell_type"].left_out == {"nan: says nothing": 2}
+    assert cohort.label_N[:3].tolist() == ["", "", "CD19+ B"]
+    assert set(cohort.facets["tissue"].term_N) == {"UBERON:0000178"}
+    np.testing.assert_allclose(np.linalg.norm(cohort.z_NP, axis=1), 1, atol=1e-5)
+    raw = anndata.read_h5ad(study)
+    expected = np.log1p(raw.X.toarray() / raw.obs["raw_sum"].to_numpy()[:, None] * 1e4)
+    np.testing.assert_allclose(cohort.features_NG.toarray(), expected, rtol=1e-6)
+    assert "is not known here" in cohort.about["left_out"]
+    assert cohort.about["left_out_cells"] == 0
 
 
-def test_cells_that_cannot_be_used_are_left_out_with_their_place(ray_session, tmp_path: Path) -> None:
-    uri = write(tmp_path / "census", BAD)
-    joinid = np.array([80, 299, 10, 90, 0])  # 90 is bad for want of a token alone
-    counts, totals, sound = read(CensusOptions(uri=uri), joinid)
-    assert sound.tolist() == [False, True, False, True, True]
-    np.testing.assert_array_equal(counts, x_of(uri, joinid[sound]))
-    assert len(totals) == 3
+def test_silent_cells_are_left_out_and_counted(study: Path, model: Pretrained, tmp_path: Path) -> None:
+    adata = anndata.read_h5ad(study)
+    counts = adata.X.tocsr()
+    counts.data[counts.indptr[5] : counts.indptr[6]] = 0
+    counts.eliminate_zeros()
+    adata.X = counts
+    adata.write_h5ad(tmp_path / "silent.h5ad")
+    cohort = read_cohort(_asked(study, data=str(tmp_path / "silent.h5ad")), model)
+    assert cohort.about["silent_cells"] == 1
+    assert len(cohort.packed) == len(cohort.obs) == len(cohort.label_N) == cohort.about["cells"] == 35
+    assert adata.obs_names[5] not in cohort.obs.index
+    whole = read_cohort(_asked(study), model)
+    np.testing.assert_allclose(cohort.z_NP, np.delete(whole.z_NP, 5, 0), atol=1e-6)
 
 
-def test_files_are_read_by_the_joinids_of_their_folder(ray_session, tmp_path: Path) -> None:
-    study(tmp_path / "a.h5ad", {})
-    study(tmp_path / "b_second.h5ad", {3: -1})
-    joinid = np.array([79, 43, 5])
-    counts, totals, sound = read(CensusOptions(uri=str(tmp_path), filter=""), joinid)
-    files = [anndata.read_h5ad(tmp_path / name).X.toarray() for name in ("a.h5ad", "b_second.h5ad")]
-    assert sound.tolist() == [True, False, True]
-    np.testing.assert_array_equal(counts, np.concatenate(files)[[79, 5]])
-    np.testing.assert_array_equal(totals, counts.sum(axis=1))
-
-
-def halves(uri: str) -> tuple[pa.Table, np.ndarray, list[str]]:
-    """Cells of a source to learn from, and others with their types."""
-    with closing(open_source(CensusOptions(uri=uri))) as source:
-        source_obs = source.obs(["cell_type"])
-    cells = pa.table({"soma_joinid": source_obs["soma_joinid"], "term": source_obs["cell_type"]})
-    other = cells.take(np.arange(1, len(cells), 2))
-    return cells.take(np.arange(0, len(cells), 2)), other["soma_joinid"].to_numpy(), other["term"].to_pylist()
-
-
-def test_the_baseline_learns_the_types(ray_session, demo_uri) -> None:
-    train, joinid, types = halves(demo_uri)
-    figures = supervised(CensusOptions(uri=demo_uri), train, joinid, types, seed=0)
-    assert figures is not None
-    assert figures["accuracy"] > 0.8
-    # Types of other cells: the figures are those of chance, so cells and types belong together above.
-    shuffled = np.random.default_rng(0).permutation(types).tolist()
-    wrong = supervised(CensusOptions(uri=demo_uri), train, joinid, shuffled, seed=0)
-    assert wrong is not None
-    assert wrong["accuracy"] < 0.4
-
-
-def test_bad_cells_take_their_types_with_them(ray_session, tmp_path: Path) -> None:
-    """Whatever type is given to a cell whose counts are none, the figures stay."""
-    uri = write(tmp_path / "census", BAD)
-    train = pa.table({"soma_joinid": np.arange(0, 150), "term": ["a", "b"] * 75})
-    joinid, types = np.arange(150, N), np.array(["a", "b"] * 75)
-    lies = ["no type" if i in BAD and i != 90 else term for i, term in enumerate(train["term"].to_pylist())]
-    told = [
-        supervised(
-            CensusOptions(uri=uri),
-            train.set_column(1, "term", pa.array(terms)),
-            joinid,
-            types.tolist(),
-            seed=0,
-        )
-        for terms in (train["term"].to_pylist(), lies)
-    ]
-    assert told[0] is not None
-    assert told[0] == told[1]
-
-
-@pytest.mark.parametrize("release", ["old", "new"])
-def test_counts_that_cannot_be_read_any_more_cost_the_baseline_alone(
-    ray_session, request, tmp_path: Path, capsys, release: str
+def test_test_cells_of_types_that_no_cell_teaches_are_left_out(
+    study: Path, model: Pretrained, tmp_path: Path
 ) -> None:
-    uri = request.getfixturevalue("old_and_new")[release == "new"]
-    damaged = tmp_path / "census"
-    shutil.copytree(uri, damaged)
-    for data in damaged.glob("census_data/homo_sapiens/ms/RNA/X/raw/__fragments/*/a0.tdb"):
-        data.write_bytes(data.read_bytes()[:-20])
-    train = pa.table({"soma_joinid": np.arange(100), "term": ["a", "b"] * 50})
-    census = CensusOptions(uri=str(damaged), attempts=1)
-    assert supervised(census, train, np.arange(100, 120), ["a"] * 20, seed=0) is None
-    said = capsys.readouterr().out
-    assert "no logistic regression beside `seen`: " in said
-    assert ("cannot be measured: " if release == "old" else "cannot be read: ") in said
-    census.uri = str(tmp_path / "gone")
-    assert supervised(census, train, np.arange(100, 120), ["a"] * 20, seed=0) is None
-    assert str(tmp_path / "gone") in capsys.readouterr().out
+    """A column of groups decides, and one type stands in a single group."""
+    cohort = read_cohort(_asked(study), model)
+    types = np.unique(cohort.label_N)
+    alone = cohort.label_N == types[-1]
+    group = np.where(alone, "test", np.where(np.arange(len(alone)) % 2, "train", "test"))
+    cohort.obs["part"] = group
+    config = EvaluateConfig(evaluate=_asked(study, split="part", parts=["finetuning"]))
+    found = _Parts(config, model, cohort, tmp_path).split
+    assert set(cohort.label_N[found.train]) == set(cohort.label_N[found.test]) == set(types[1:-1])
+    assert found.left_out["class of no training cell"] == alone.sum()
+    assert found.left_out["no type, or the only cell of its type"] == 2
+    cohort.obs["part"] = np.where(alone, "train", "test")
+    with pytest.raises(InputError, match=r"evaluate\.split: every training cell is"):
+        _Parts(config, model, cohort, tmp_path)
 
 
-def test_of_sentences_alone_there_is_no_baseline(tmp_path: Path, capsys) -> None:
-    save(tmp_path / "in", corpus(40, columns={"cell_type": ["B cell"] * 40}))
-    train = pa.table({"soma_joinid": np.arange(10), "term": ["a", "b"] * 5})
-    census = CensusOptions(uri=str(tmp_path / "in"))
-    assert supervised(census, train, np.arange(10, 20), ["a"] * 10, seed=0) is None
-    assert capsys.readouterr().out == ""
+def test_a_sample_is_seeded_and_said(study: Path, model: Pretrained) -> None:
+    one, again, other = (read_cohort(_asked(study, max_cells=10, seed=s), model) for s in (0, 0, 1))
+    assert one.about["cells"] == len(one.obs) == 10
+    assert one.about["cells_given"] == 36
+    assert one.obs.index.tolist() == again.obs.index.tolist() != other.obs.index.tolist()
+
+
+def test_cells_that_the_model_was_trained_on_are_left_out(demo_corpus: Path, model: Pretrained) -> None:
+    cohort = read_cohort(EvaluateOptions(corpus=str(demo_corpus)), model)
+    manifest = Manifest.read(str(demo_corpus))
+    of = {
+        split: set(sample_cells(str(demo_corpus), manifest, split, 700, 0, ("soma_joinid",))[0].to_pylist())
+        for split in ("train", "val", "test", "held_out")
+    }
+    evaluated = set(cohort.obs["soma_joinid"])
+    assert evaluated == of["test"] | of["held_out"]
+    assert not evaluated & (of["train"] | of["val"])
+    assert cohort.about["left_out_cells"] == len(of["train"]) + len(of["val"]) > 0
+
+
+def test_a_model_of_another_corpus_is_refused(demo_corpus: Path, model: Pretrained) -> None:
+    of_another = replace(model, config={**model.config, "corpus_hash": "0" * 32})
+    with pytest.raises(InputError, match="was trained on another corpus"):
+        read_cohort(EvaluateOptions(corpus=str(demo_corpus)), of_another)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"label": "type"}, r"evaluate.label: obs has no column type; it has: celltype, organ"),
+        ({"facets": {"tissue": "place"}}, "evaluate.facets.tissue: obs has no column place"),
+        ({"terms": "nowhere.yaml"}, "evaluate.terms: nowhere.yaml cannot be read"),
+        ({"data": "nowhere.h5ad"}, "evaluate.data: nowhere.h5ad cannot be read"),
+        ({"corpus": "anywhere"}, "evaluate.corpus: obs has no column soma_joinid"),
+    ],
+)
+def test_what_is_wrong_is_named(
+    study: Path, model: Pretrained, changed: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message):
+        read_cohort(_asked(study, **changed), model)
+
+
+@pytest.mark.parametrize(
+    ("option", "message"),
+    [
+        ("--evaluate.shots=[5,1]", "evaluate.shots"),
+        ("--evaluate.recall=[0]", "evaluate.recall"),
+        ("--evaluate.facets={cell_type: x}", "evaluate.label"),
+        ("--evaluate.pathway_columns=[x]", "give one of them"),
+    ],
+)
+def test_options_that_contradict_are_refused_before_anything_is_read(option: str, message: str) -> None:
+    config, _ = parse_tree(EvaluateConfig, "", PRESET, [option])
+    with pytest.raises(InputError, match=message):
+        evaluate.run(config)
+
+
+def test_every_method_sees_the_same_shots_and_the_same_cells() -> None:
+    class_N = np.array([0] * 20 + [1] * 30 + [2] * 4 + [-1] * 9)
+    seen: dict[str, list[tuple[tuple[int, ...], tuple[int, ...], int]]] = {"oracle": [], "first": []}
+
+    def method(name: str) -> Any:
+        def predict(shown: np.ndarray, asked: np.ndarray, seed: int) -> np.ndarray:
+            seen[name].append((tuple(shown), tuple(asked), seed))
+            assert not set(shown) & set(asked)
+            return class_N[asked] if name == "oracle" else np.zeros(len(asked), np.int64)
+
+        return predict
+
+    lines: list[str] = []
+    result = few_shot(
+        class_N,
+        {name: method(name) for name in seen},
+        [1, 5],
+        [0, 1, 2],
+        {"ct": np.where(class_N < 0, -1, class_N)},
+        lines.append,
+    )
+    assert seen["oracle"] == seen["first"]
+    assert [len(shown) for shown, _, _ in seen["oracle"]] == [2, 2, 2, 10, 10, 10]
+    assert len({asked for _, asked, seed in seen["oracle"] if seed == 1}) == 1
+    assert result["classes"] == [0, 1]
+    assert result["n"] == 20 + 30 - 2 * 5
+    assert result["methods"]["oracle"]["5"]["accuracy"] == {"mean": 1.0, "by_seed": [1.0] * 3}
+    assert result["methods"]["first"]["1"]["balanced_accuracy"]["mean"] == 0.5 == result["chance"]
+    assert result["constant"]["accuracy"]["mean"] == pytest.approx(25 / 40)
+    assert result["zero_shot"]["ct"]["accuracy"]["mean"] == 1.0
+    assert lines[0] == "  oracle, 1 shots: 1.000"
+
+
+def test_too_few_cells_for_the_shots_are_no_curve() -> None:
+    result = few_shot(np.array([0, 0, 0, 1, 1]), {}, [1, 10], [0], {}, print)
+    assert result == {"empty": "fewer than two classes have cells enough for 10 shots and a test"}
+
+
+def test_a_pathway_is_high_by_its_genes_and_the_training_cells_alone() -> None:
+    random = np.random.default_rng(0)
+    counts = random.gamma(1.0, size=(80, 6))
+    train = np.arange(40)
+    high = pathways.high_NL(sp.csr_matrix(counts), [np.array([0, 2, 3])], train)
+    z = (counts - counts[:40].mean(0)) / counts[:40].std(0)
+    score = z[:, [0, 2, 3]].mean(1)
+    np.testing.assert_array_equal(high[:, 0], score > np.quantile(score[:40], 0.75))
+    assert high[:40].mean() == 0.25
+    changed = counts.copy()
+    changed[40:] *= 100
+    again = pathways.high_NL(sp.csr_matrix(changed), [np.array([0, 2, 3])], train)
+    np.testing.assert_array_equal(again[:40], high[:40])  # test cells decide nothing
+    assert again[40:].all()
+
+
+def test_genes_of_a_set_are_found_by_the_naming_that_fits(tmp_path: Path) -> None:
+    var = pd.DataFrame(
+        {"feature_name": ["CD3D", "CD3E", "LCK", "MS4A1"]}, index=["ENSG1", "ENSG2", "ENSG3", "ENSG4"]
+    )
+    path = tmp_path / "sets.gmt"
+    path.write_text("T\thttp://x\tCD3D\tCD3E\tLCK\tNONE\nB\t\tMS4A1\tCD19\n")
+    sets = pathways.read_gmt(str(path))
+    assert sets == {"T": ["CD3D", "CD3E", "LCK", "NONE"], "B": ["MS4A1", "CD19"]}
+    found = pathways.set_columns(sets, var)
+    assert {name: columns.tolist() for name, columns in found.items()} == {"T": [0, 1, 2]}
+    path.write_text("CD3D\nCD3E\n")
+    with pytest.raises(InputError, match=r"is no \.gmt file"):
+        pathways.read_gmt(str(path))
+
+
+def test_heads_find_what_the_space_holds_and_the_constant_nothing() -> None:
+    random = np.random.default_rng(0)
+    x = random.normal(size=(200, 3))
+    label_NL = np.stack([x[:, 0] > 0.7, x[:, 1] > 0, np.ones(200, bool)], axis=1)
+    train, test = np.arange(100), np.arange(100, 200)
+    methods = {"space": pathways.heads(x, 0), "noise": pathways.heads(random.normal(size=(200, 3)), 0)}
+    result = pathways.multi_label(methods, label_NL, train, test)
+    assert (result["pathways"], result["one_valued"], result["n"]) == (2, 1, 100)
+    assert result["methods"]["space"]["auroc"] > 0.97
+    assert 0.3 < result["methods"]["noise"]["auroc"] < 0.7
+    prevalence = label_NL[test, :2].mean(0)
+    constant = result["methods"]["constant"]
+    assert constant["auroc"] == 0.5
+    assert constant["average_precision"] == pytest.approx(prevalence.mean())
+    assert constant["macro_f1"] == pytest.approx((2 * prevalence / (1 + prevalence)).mean())
+    assert "empty" in pathways.multi_label({}, np.ones((200, 2), bool), train, test)
+
+
+def test_columns_of_obs_must_say_yes_or_no() -> None:
+    obs = pd.DataFrame({"a": [True, False], "b": [0, 1], "c": [0, 2]})
+    assert pathways.stated_NL(obs, ["a", "b"]).tolist() == [[True, False], [False, True]]
+    with pytest.raises(InputError, match=r"obs\['c'\] must hold true and false"):
+        pathways.stated_NL(obs, ["a", "c"])
+
+
+@pytest.mark.slow  # fine-tunes both encoders a few times
+def test_the_job_measures_every_part_of_a_few_cells(export: Path, study: Path, tmp_path: Path) -> None:
+    argv = [
+        f"--run.dir={tmp_path / 'run'}",
+        f"--evaluate.model={export}",
+        f"--evaluate.data={study}",
+        "--evaluate.label=celltype",
+        f"--evaluate.terms={study.parent / 'terms.yaml'}",
+        "--evaluate.facets={tissue: organ}",
+        "--evaluate.batch=organ",
+        "--evaluate.pathways=null",
+        "--evaluate.pathway_columns=[activated]",
+        "--evaluate.shots=[1,2]",
+        "--evaluate.seeds=1",
+        "--evaluate.shot_steps=1",
+        "--evaluate.top_k=1",
+        "--fit.epochs=1",
+    ]
+    config, _ = parse_tree(EvaluateConfig, "", PRESET, argv)
+    returned = evaluate.run(config)
+    summary = json.loads((tmp_path / "run" / "summary.json").read_text())
+    assert summary == json.loads(json.dumps(returned))
+    assert summary["zero_shot"]["cell_type"]["ct"]["n"] == 34
+    assert summary["zero_shot"]["cell_type"]["unscored"] == {"nan: says nothing": 2}
+    assert summary["zero_shot"]["tissue"]["empty"] == "1 candidate, at least two are needed"
+    curves = summary["few_shot"]
+    assert set(curves["methods"]) == {
+        "langcell",
+        "langcell_ce",
+        "random_init",
+        "logistic_regression",
+        "prototypes",
+    }
+    assert curves["n"] == 34 - 3 * 2
+    assert set(curves["zero_shot"]) == {"ct", "two_step"}
+    assert summary["finetuning"]["split"]["train"] + summary["finetuning"]["split"]["test"] == 34
+    assert "20%" in summary["finetuning"]["split"]["rule"]
+    assert summary["retrieval"]["cell_to_text"]["queries"] == 34
+    assert "of one batch" in summary["integration"]["empty"]
+    assert set(summary["clustering"]["spaces"]) == {"X_langcell", "X_pca"}
+    assert set(summary["pathways"]["methods"]) == {
+        "constant",
+        "langcell_ce",
+        "X_langcell",
+        "X_pca",
+        "logistic_regression",
+    }
+    written = (tmp_path / "run" / "tables.md").read_text()
+    for title in evaluate.TITLES.values():
+        assert f"## {title}" in written
+    assert "2 cells have no term and are left out: nan: says nothing (2)" in written
+    for name in ("zero_shot.png", "few_shot.png"):
+        assert (tmp_path / "run" / name).read_bytes().startswith(b"\x89PNG")

@@ -34,7 +34,7 @@ from langcell.inference.counts import Counts
 from langcell.inference.embed import embed_cells
 from langcell.inference.facets import Facet, resolve
 from langcell.inference.pretrained import Pretrained
-from langcell.recipes.options import AssessOptions
+from langcell.recipes.options import EvaluateOptions
 from langcell.storage import absolute
 
 DEMO = "demo"
@@ -73,7 +73,7 @@ class Cohort:
         return self.obs[name]
 
 
-def read_cohort(asked: AssessOptions, model: Pretrained) -> Cohort:
+def read_cohort(asked: EvaluateOptions, model: Pretrained) -> Cohort:
     """Read, choose and prepare the cells. Raises InputError for what the user can mend."""
     adata, about = _read(asked, model)
     symbols = read_symbols(asked.symbols, "evaluate.symbols") if asked.symbols else None
@@ -126,7 +126,7 @@ def read_cohort(asked: AssessOptions, model: Pretrained) -> Cohort:
     )
 
 
-def _read(asked: AssessOptions, model: Pretrained) -> tuple[anndata.AnnData, dict[str, Any]]:
+def _read(asked: EvaluateOptions, model: Pretrained) -> tuple[anndata.AnnData, dict[str, Any]]:
     """The chosen cells in memory, and what was left out."""
     if asked.data == DEMO:
         adata = demo_adata()

@@ -26,7 +26,7 @@ from langcell.model.classifier import Kind, started
 from langcell.model.langcell import LangCell
 from langcell.recipes.benchmarks.data import Cohort
 from langcell.recipes.benchmarks.few_shot import Predict
-from langcell.recipes.options import AssessOptions
+from langcell.recipes.options import EvaluateOptions
 from langcell.train.fitting import fit_classifier, fit_few_shot
 from langcell.train.options import FitOptions
 
@@ -35,7 +35,7 @@ from langcell.train.options import FitOptions
 class Methods:
     """Methods over one cohort. fit: options of every fine-tuning, whose seed is the method's."""
 
-    asked: AssessOptions
+    asked: EvaluateOptions
     fit: FitOptions
     model: Pretrained
     cohort: Cohort
