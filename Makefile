@@ -14,7 +14,7 @@ SUPPORTED := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(shell for p in python3 python3.12 python3.11; do \
 	$$p -c '$(SUPPORTED)' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: demo test test-slow lint lock clean
+.PHONY: demo test test-slow test-soak lint lock clean
 
 demo: $(VENV)/.demo
 	$(BIN)/python jobs/pretrain.py $(ARGS)
@@ -23,7 +23,10 @@ test: lint
 	$(BIN)/python -m pytest -m "not slow" $(ARGS)
 
 test-slow: $(VENV)/.dev
-	$(BIN)/python -m pytest -m slow $(ARGS)
+	$(BIN)/python -m pytest -m "slow and not soak" $(ARGS)
+
+test-soak: $(VENV)/.dev
+	$(BIN)/python -m pytest -m soak $(ARGS)
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

@@ -1,8 +1,9 @@
-"""What several rooms' tests share."""
+"""What several rooms' tests share, and what of them there is time for."""
 
 from __future__ import annotations
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,26 @@ from typing import Any
 import pytest
 
 os.environ["RAY_AUTH_MODE"] = "disabled"  # before ray is imported
+
+
+BEGAN = time.monotonic()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--minutes", type=float, help="skip tests that would begin after so many minutes")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Fault tests take the longest: they go last, and where time is short it is they that are left out."""
+    items.sort(key=lambda item: "faults" in item.path.parts)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """A slow machine tells what it left out, and is not cut off in the middle."""
+    minutes = item.config.getoption("minutes")
+    if minutes is not None and time.monotonic() - BEGAN > 60 * minutes:
+        pytest.skip(f"the {minutes:g} minutes of this run are over")
 
 
 @pytest.fixture(scope="session")

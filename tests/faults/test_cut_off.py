@@ -27,6 +27,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.soak
 def test_hosts_are_cut_off(straight: Straight, tiny: Tiny, tmp_path: Path) -> None:
     """One for 30 s: the other goes on with all lanes, and the one that comes back is given work again. Then
     the other for ever: the one that came back takes all of it. Same cells, losses to 1e-5."""

@@ -96,6 +96,7 @@ def answer(process: subprocess.Popen[str], line: str) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_cut_cable_is_silent_and_mended_one_carries_what_was_sent() -> None:
     with three_hosts(ray=False) as net, conversation(net, 0, 1) as near, conversation(net, 0, 2) as far:
         assert answer(near, "one") == "one"
@@ -112,6 +113,7 @@ def test_cut_cable_is_silent_and_mended_one_carries_what_was_sent() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_ray_and_gloo_reach_every_host_and_a_lost_node_can_come_back() -> None:
     with three_hosts() as net:
         where = net.run([sys.executable, "-c", WHERE], stdout=subprocess.PIPE, text=True)
@@ -134,6 +136,7 @@ def test_ray_and_gloo_reach_every_host_and_a_lost_node_can_come_back() -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_all_is_gone_after_a_failure_and_after_a_killed_run() -> None:
     if reason := why_not():
         pytest.skip(reason)

@@ -42,13 +42,22 @@ def is_written(run_dir: Path) -> bool:
     return any(not (folder / "checkpoint.json").exists() for folder in folders)
 
 
-def test_workers_killed_ten_times_change_no_number(straight: Straight, tiny: Tiny, tmp_path: Path) -> None:
-    """SIGKILL of a worker at ten steps of 69: six drawn ones, the last of an epoch, the last of stage 1, and
-    two when a checkpoint is being written, which is not taken for one."""
+@pytest.mark.parametrize(
+    ("drawn", "boundaries", "writing"),
+    [
+        (1, {EPOCH - 1}, {50}),
+        pytest.param(6, {EPOCH - 1, 2 * EPOCH - 1}, {10, 50}, marks=pytest.mark.soak),
+    ],
+    ids=["thrice", "ten times"],
+)
+def test_killed_workers_change_no_number(
+    straight: Straight, tiny: Tiny, tmp_path: Path, drawn: int, boundaries: set[int], writing: set[int]
+) -> None:
+    """SIGKILL of a worker at three steps of 69, or at ten: drawn ones, the last of an epoch, the last of
+    stage 1, and when a checkpoint is being written, which is not taken for one."""
     draw, run_dir = random.Random(6), tmp_path / "run"
-    boundaries, writing = {EPOCH - 1, 2 * EPOCH - 1}, {10, 50}
-    drawn = [step for step in range(2, STEPS - 2) if step not in boundaries | writing]
-    at = sorted({*draw.sample(drawn, 6), *boundaries, *writing})
+    others = [step for step in range(2, STEPS - 2) if step not in boundaries | writing]
+    at = sorted({*draw.sample(others, drawn), *boundaries, *writing})
     left = list(at)
 
     def kill(done: threading.Event) -> None:

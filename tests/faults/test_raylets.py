@@ -62,6 +62,7 @@ def test_fewer_workers_go_on_until_a_node_comes_back(straight: Straight, tiny: T
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_another_head_goes_on(straight: Straight, tiny: Tiny, tmp_path: Path) -> None:
     """The head's node is lost, with the driver on it. The nodes that trained for it live on, and do not
     disturb the job that is submitted to another cluster at once. There the node under both workers is

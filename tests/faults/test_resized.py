@@ -38,10 +38,10 @@ class StopAt(Stopping):
 
 @pytest.mark.slow
 def test_workers_come_and_go(straight: Straight, tiny: Tiny, tmp_path: Path) -> None:
-    """2 -> 1 in stage 1, 1 -> 2 and 2 -> 3 in stage 2, of four lanes."""
+    """2 -> 1 in stage 1, 1 -> 3 in stage 2, of four lanes."""
     run_dir = tmp_path / "run"
     trained: Trained | None = None
-    for workers, stop in ((2, 8), (1, 30), (2, 50), (3, None)):
+    for workers, stop in ((2, 8), (1, 30), (3, None)):
         first, second = tiny.tasks(run_dir, num_workers=workers)
         stopping = Stopping() if stop is None else StopAt(run_dir, stop)
         try:
@@ -59,4 +59,4 @@ def test_workers_come_and_go(straight: Straight, tiny: Tiny, tmp_path: Path) -> 
         assert losses == pytest.approx(expected, rel=1e-5)
         assert norm == pytest.approx(expected_norm, rel=1e-3)
     recoveries = tiny.recoveries(run_dir)
-    assert [recovery["steps_replayed"] for recovery in recoveries] == [0, 0, 0], "a notice loses nothing"
+    assert [recovery["steps_replayed"] for recovery in recoveries] == [0, 0], "a notice loses nothing"

@@ -151,7 +151,7 @@ def test_a_bucket_that_refuses() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("small_disk", [800], indirect=True)
+@pytest.mark.parametrize("small_disk", [200], indirect=True)
 def test_a_run_ends_on_a_full_disk_and_goes_on(straight: Straight, tiny: Tiny, small_disk: str) -> None:
     """It says why after three checkpoints in vain; with room again it goes on from what was committed."""
     disk, run_dir = FullDisk(small_disk), Path(small_disk, "run")

@@ -15,6 +15,7 @@ from langcell.inference.tables import METHODS, TABLES
 from langcell.objective.options import ObjectiveOptions
 from langcell.recipes import ablation
 from langcell.recipes.ablation import AblationConfig, markdown, vary
+from tests.small_text import small_text
 
 DEMO = Path(__file__).parents[2] / "jobs" / "configs" / "demo.yaml"
 
@@ -52,6 +53,7 @@ def test_the_table_shows_mean_and_range_and_leaves_out_what_a_variant_lacks() ->
 @pytest.mark.slow
 def test_a_sweep_trains_every_variant_once(ray_session: None, tmp_path: Path) -> None:
     argv = [
+        *("--model.text_init", str(small_text(tmp_path / "text"))),
         *("--run.dir", f"{tmp_path}/sweep", "--corpus.dir", f"{tmp_path}/corpus"),
         *("--census.dir", f"{tmp_path}/census", "--run.seeds", "1", "--ablation.variants", "[no_ctm]"),
         *("--train.stage1_epochs", "1", "--train.stage2_epochs", "1", "--train.num_workers", "1"),

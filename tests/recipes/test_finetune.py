@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 
+import langcell
 from langcell.census.demo import demo_adata
 from langcell.errors import InputError
 from langcell.inference.embed import tokenize
@@ -282,16 +283,20 @@ def test_numbers_and_several_labels(
         assert again.tolist() == table[name].tolist()
 
 
+SHOT_EPOCHS = 12
+
+
 @pytest.mark.slow
 def test_few_shot_of_both_encoders(ray_session: None, export: Path, demo: Path, tmp_path: Path) -> None:
-    fit = FitOptions(epochs=2, batch=4, lr=1e-4)
-    told = config(export, demo, tmp_path / "out", fit, method="few_shot", shots=2, val_share=0)
-    told.finetune.test_share = 0.1
+    fit = FitOptions(epochs=SHOT_EPOCHS, batch=8, lr=1e-3)
+    told = config(export, demo, tmp_path / "out", fit, method="few_shot", shots=8, val_share=0)
     summary = run(told)
-    assert summary["split"]["train"] == 8
+    assert summary["split"]["train"] == 32
     assert summary["split"]["val"] == 0
-    assert "2 training cells of each class at most" in summary["split"]["rule"]
-    assert [row["val_loss"] for row in summary["epochs"]] == [None, None]
+    assert "8 training cells of each class at most" in summary["split"]["rule"]
+    assert [row["val_loss"] for row in summary["epochs"]] == [None] * SHOT_EPOCHS
+    balanced = {name: found["balanced_accuracy"] for name, found in summary["test"].items()}
+    assert balanced["model"] > balanced["constant"] + 0.2, balanced
     model = Pretrained.from_pretrained(tmp_path / "out" / "model")
     before = Pretrained.from_pretrained(export)
     texts = tokenize(model.tokenizer, ["cell type: B cell; "], 64)
@@ -299,3 +304,13 @@ def test_few_shot_of_both_encoders(ray_session: None, export: Path, demo: Path, 
     lines = (tmp_path / "out" / "model" / "candidates.tsv").read_text().splitlines()
     assert [line.split("\t")[0] for line in lines] == summary["classes"]
     assert all(line.split("\t")[1].startswith("CL:") for line in lines)
+    table = pd.read_parquet(tmp_path / "out" / "predictions.parquet")
+    cells = anndata.read_h5ad(demo)[table.index].copy()
+    langcell.annotate(cells, model, tmp_path / "out" / "model" / "candidates.tsv", progress=False)
+    assert cells.obs["langcell_label"].tolist() == table["langcell_cell_type"].tolist()
+    # The same cells under each other's texts are another training.
+    classes, terms = zip(*(line.split("\t") for line in lines), strict=True)
+    swapped = [f"{name}\t{term}\n" for name, term in zip(classes, terms[::-1], strict=True)]
+    (tmp_path / "texts.tsv").write_text("".join(swapped))
+    with pytest.raises(InputError, match="of other cells, options or weights"):
+        run(replace(told, finetune=replace(told.finetune, texts=str(tmp_path / "texts.tsv"))))

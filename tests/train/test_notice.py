@@ -49,11 +49,12 @@ def test_a_listener_that_comes_later_is_told(ray_session: None) -> None:
     listener.close()
 
 
-def test_a_signal_ends_the_job_where_no_worker_trains() -> None:
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_ends_the_job_where_no_worker_trains(number: signal.Signals) -> None:
     stopping, never = Stopping(), threading.Event()
     main = threading.main_thread().ident
     assert main is not None
-    threading.Timer(0.2, lambda: signal.pthread_kill(main, signal.SIGTERM)).start()
+    threading.Timer(0.2, lambda: signal.pthread_kill(main, number)).start()
     with stopping.install(), pytest.raises(Interrupted, match="no worker trains"):
         stopping.attend(lambda: never.wait(60), lambda: False)
 
