@@ -14,6 +14,7 @@ os.environ["RAY_AUTH_MODE"] = "disabled"  # before ray is imported
 
 
 BEGAN = time.monotonic()
+LAST = ("bench", "cluster", "faults")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -21,8 +22,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Fault tests take the longest: they go last, and where time is short it is they that are left out."""
-    items.sort(key=lambda item: "faults" in item.path.parts)
+    """The longest go last: where time is short it is they that are left out."""
+    items.sort(key=lambda item: LAST.index(item.path.parent.name) if item.path.parent.name in LAST else -1)
 
 
 @pytest.hookimpl(tryfirst=True)

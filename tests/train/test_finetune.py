@@ -63,9 +63,9 @@ def of_rank(rank: int, what: str) -> tuple[list[dict[str, Any]], dict[str, Tenso
     [
         ("full", 2),
         ("few_shot", 2),
-        pytest.param("full", 3, marks=pytest.mark.slow),
+        pytest.param("full", 3, marks=[pytest.mark.slow, pytest.mark.soak]),
         pytest.param("lora", 2, marks=pytest.mark.slow),
-        pytest.param("frozen", 3, marks=pytest.mark.slow),
+        pytest.param("frozen", 3, marks=[pytest.mark.slow, pytest.mark.soak]),
         pytest.param("few_shot", 3, marks=pytest.mark.slow),
     ],
 )
