@@ -76,7 +76,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Any:
     job = Path(__file__).parents[1] / "jobs" / "prepare.py"
     demo = job.parent / "configs" / "demo.yaml"
     command = [sys.executable, str(job), f"--config={demo}", "--run.ray_address=local", *argv(folder)]
-    subprocess.run(command, check=True, capture_output=True, timeout=300)
+    subprocess.run(command, check=True, capture_output=True, timeout=600)
     return Tiny(folder)
 
 

@@ -40,7 +40,7 @@ def test_a_job_on_three_hosts_with_a_token(tmp_path: Path) -> None:
         join = net.run([sys.executable, "-c", JOIN, "10.77.0.1:6379"], 2, without, stderr=subprocess.PIPE)
         assert b"uthenti" in join.communicate(timeout=120)[1]
         assert join.returncode != 0
-        assert submitted.wait(500) == 0, (tmp_path / "log").read_text()[-6000:]
+        assert submitted.wait(800) == 0, (tmp_path / "log").read_text()[-6000:]
         said = (tmp_path / "log").read_text()
     assert token.read_text() not in said
     summary = json.loads((tmp_path / "watched" / "summary.json").read_text())

@@ -30,7 +30,7 @@ def cluster_of_three(
         env=environment | HEALTH | {"RAY_AUTH_MODE": "disabled"},
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
         check=False,
     )
 

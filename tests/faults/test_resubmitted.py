@@ -29,7 +29,7 @@ def submit(tiny: Tiny, run_dir: Path, log: Path, *more: str) -> subprocess.Popen
 
 
 def wait_for_step(job: subprocess.Popen[bytes], run_dir: Path, step: int, log: Path) -> None:
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 600
     while last_step(run_dir) < step:
         assert job.poll() is None, log.read_text()[-4000:]
         assert time.monotonic() < deadline, log.read_text()[-4000:]
@@ -44,11 +44,11 @@ def test_the_same_command_goes_on(straight: Straight, tiny: Tiny, tmp_path: Path
         job = submit(tiny, run_dir, log)
         wait_for_step(job, run_dir, step, log)
         job.send_signal(number)
-        assert job.wait(120) == code, log.read_text()[-4000:]
+        assert job.wait(300) == code, log.read_text()[-4000:]
         if code == 75:
             newest = max(path.name for path in run_dir.glob("checkpoints/stage*/step-*"))
             assert newest == f"step-{last_step(run_dir) + 1:08d}", "a step was trained and is not kept"
-    assert submit(tiny, run_dir, log).wait(300) == 0, log.read_text()[-4000:]
+    assert submit(tiny, run_dir, log).wait(700) == 0, log.read_text()[-4000:]
     same(run_dir, straight)
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["steps"] == STEPS
@@ -56,10 +56,10 @@ def test_the_same_command_goes_on(straight: Straight, tiny: Tiny, tmp_path: Path
     assert summary["rows_dropped_tail"] == 3 * 11
     assert summary["steps_replayed"] == sum(r["steps_replayed"] for r in tiny.recoveries(run_dir)) <= 9
     assert len(summary["recoveries_s"]) == 2
-    assert all(0 < seconds < 300 for seconds in summary["recoveries_s"])
+    assert all(0 < seconds < 700 for seconds in summary["recoveries_s"])
     assert "ended by SIGTERM" not in log.read_text()
     assert "--run.resume auto goes on" in log.read_text()
     # Another command does not.
     other = submit(tiny, run_dir, log, "--run.resume=false")
-    assert other.wait(120) == 2
+    assert other.wait(300) == 2
     assert "holds a run already" in log.read_text()

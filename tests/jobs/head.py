@@ -55,7 +55,7 @@ class Head:
             env=self.environment,
             capture_output=True,
             text=True,
-            timeout=120,
+            timeout=300,
             check=False,
         )
         assert submitted.returncode == 0, submitted.stdout + submitted.stderr
@@ -107,8 +107,8 @@ def running_head(
 
 
 def wait_until_up(process: subprocess.Popen[bytes], url: str, log: Path) -> None:
-    """Wait until a server answers at `url`, 90 s at most."""
-    deadline = time.monotonic() + 90
+    """Wait until a server answers at `url`, 180 s at most."""
+    deadline = time.monotonic() + 180
     while time.monotonic() < deadline:
         assert process.poll() is None, log.read_text()
         try:
@@ -117,7 +117,7 @@ def wait_until_up(process: subprocess.Popen[bytes], url: str, log: Path) -> None
         except requests.RequestException:
             pass
         time.sleep(0.5)
-    pytest.fail(f"nothing at {url} within 90 s: {log.read_text()}")
+    pytest.fail(f"nothing at {url} within 180 s: {log.read_text()}")
 
 
 def end(process: subprocess.Popen[bytes]) -> None:

@@ -142,7 +142,7 @@ def test_the_shell_sees_the_message_alone(tmp_path: Path) -> None:
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=300,
         check=False,
     )
     assert job.returncode == INPUT_ERROR, job.stderr

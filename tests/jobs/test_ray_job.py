@@ -67,7 +67,7 @@ def watched(head: Head, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Wa
         if shutil.which("prometheus"):
             prometheus = stack.enter_context(running_prometheus(head, folder))
         head.submit("watched", *demo_job(folder, "--run.trackers=[tensorboard]"))
-        deadline = time.monotonic() + 12 * MINUTES
+        deadline = time.monotonic() + 18 * MINUTES
         while not (status := client.get_job_status("watched")).is_terminal():
             assert time.monotonic() < deadline, client.get_job_logs("watched")[-4000:]
             for name, values in scrape(head).items():
@@ -169,7 +169,7 @@ def test_upload_leaves_environment_and_runs_behind(head: Head, tmp_path: Path) -
 
     client = JobSubmissionClient(head.dashboard)
     job = client.submit_job(entrypoint="find . -type f", runtime_env={"working_dir": str(checkout)})
-    deadline = time.monotonic() + 2 * MINUTES
+    deadline = time.monotonic() + 4 * MINUTES
     while not (status := client.get_job_status(job)).is_terminal():
         assert time.monotonic() < deadline
         time.sleep(0.5)

@@ -143,7 +143,7 @@ def test_the_job_says_what_is_wrong(released: Path, tmp_path: Path) -> None:
     asked = vars(_asked(released))
     options = [f"--convert.{name}={value}" for name, value in asked.items() if value is not None]
     command = [sys.executable, str(JOB), f"--run.dir={tmp_path / 'run'}", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
     assert done.returncode == 2
     assert "text_bert" in done.stderr
     assert "Traceback" not in done.stderr
