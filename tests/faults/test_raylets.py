@@ -45,6 +45,7 @@ def lose_a_raylet(tiny: Tiny, run_dir: Path, step: int, *, how: str = "kill", **
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_fewer_workers_go_on_until_a_node_comes_back(straight: Straight, tiny: Tiny, tmp_path: Path) -> None:
     """One worker a node: with one node left one worker takes all four lanes, and gives two of them back."""
     run_dir = tmp_path / "run"

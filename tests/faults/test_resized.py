@@ -37,6 +37,7 @@ class StopAt(Stopping):
 
 
 @pytest.mark.slow
+@pytest.mark.soak
 def test_workers_come_and_go(straight: Straight, tiny: Tiny, tmp_path: Path) -> None:
     """2 -> 1 in stage 1, 1 -> 3 in stage 2, of four lanes."""
     run_dir = tmp_path / "run"
