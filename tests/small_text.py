@@ -1,7 +1,7 @@
 """A text encoder of one layer, for runs that are about anything but words.
 
-MiniLM makes 46 steps of stage 2 take 50 s and each of their checkpoints 130 MB on two cores; this one takes a
-tenth. Runs of the main job itself (tests/recipes/test_pretrain.py, `make demo`) have MiniLM.
+A step of a tiny run's stage 2 takes 1.1 s with MiniLM on two old cores, and 0.27 s with this one. Runs of the
+main job itself (tests/recipes/test_pretrain.py, `make demo`) have MiniLM.
 """
 
 from __future__ import annotations

@@ -129,7 +129,8 @@ class _Parts:
         self.methods = Methods(config.evaluate, config.fit, model, cohort)
         self.seeds = range(self.asked.seed, self.asked.seed + self.asked.seeds)
         if {"finetuning", "pathways"} & set(self.asked.parts):
-            self.split = self._split()  # what is wrong with it is said before any part takes its time
+            # What is wrong with it is said before any part takes its time.
+            self.labels, self.split = self._split()
         if "pathways" in self.asked.parts:
             self.pathway_labels = self._pathway_labels()
         self.types: Facet = cohort.facets["cell_type"]
@@ -201,16 +202,16 @@ class _Parts:
             }
         }
 
-    def _split(self) -> Split:
-        """Cells to learn from and cells to test; types of one cell are left out, and test cells of types that
-        no cell teaches."""
+    def _split(self) -> tuple[Labels, Split]:
+        """Types of all cells, and cells to learn from and to test; those without a type, and types of one
+        cell, are in neither."""
         label_N = self.cohort.label_N
         labels, counts = np.unique(label_N, return_counts=True)
         rows = np.flatnonzero(np.isin(label_N, labels[(counts > 1) & (labels != "")]))
-        classes, value = np.unique(label_N[rows], return_inverse=True)
-        all_types = Labels(Head(self.asked.label, "classification", tuple(classes)), value)
-        asked = split_cells(
-            all_types,
+        classes, value = np.unique(label_N, return_inverse=True)
+        types = Labels(Head(self.asked.label, "classification", tuple(classes)), value)
+        split = split_cells(
+            replace(types, value=value[rows]),
             self.cohort.obs.iloc[rows],
             self.asked.split,
             test_share=TEST_SHARE,
@@ -218,13 +219,16 @@ class _Parts:
             seed=self.asked.seed,
             option="evaluate.split",
         )
-        _, split = all_types.learnt(asked)
         left_out = {"no type, or the only cell of its type": len(label_N) - len(rows), **split.left_out}
-        return replace(split, train=rows[split.train], test=rows[split.test], left_out=left_out)
+        return types, replace(split, train=rows[split.train], test=rows[split.test], left_out=left_out)
 
     def finetuning(self) -> dict[str, Any]:
-        class_N = np.unique(self.cohort.label_N, return_inverse=True)[1]
-        return all_data(class_N, self.split, self.methods.of_labels(class_N), self.seeds)
+        class_N = self.labels.value
+        try:
+            _, split = self.labels.learnt(self.split)  # test cells of types that no cell teaches are no test
+        except InputError as error:
+            return {"empty": str(error)}
+        return all_data(class_N, split, self.methods.of_labels(class_N), self.seeds)
 
     def retrieval(self) -> dict[str, Any]:
         if len(self.terms) < 2:

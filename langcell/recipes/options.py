@@ -50,7 +50,7 @@ class AblationOptions:
     )
     """Runs that are compared: `all` four losses as configured, each loss left out, the published objective (`paper`), and the other value of `objective.mgm_view` and `objective.ctm_mining`."""
     concurrent: int = 1
-    """Runs that train at the same time (count). Where they share CPUs, set OMP_WAIT_POLICY=PASSIVE: their threads wait for each other by spinning else (8 s a step instead of 1 on two cores)."""
+    """Runs that train at the same time (count). Where they share CPUs, set OMP_WAIT_POLICY=PASSIVE, or their threads spin while they wait for each other."""
 
 
 @dataclass

@@ -23,6 +23,7 @@ from langcell.recipes import evaluate
 from langcell.recipes.benchmarks import pathways
 from langcell.recipes.benchmarks.data import read_cohort
 from langcell.recipes.benchmarks.few_shot import few_shot
+from langcell.recipes.benchmarks.methods import Methods
 from langcell.recipes.evaluate import EvaluateConfig, _Parts
 from langcell.recipes.options import EvaluateOptions
 from tests.recipes.making import ROOT
@@ -95,22 +96,35 @@ def test_silent_cells_are_left_out_and_counted(study: Path, model: Pretrained, t
 
 
 def test_test_cells_of_types_that_no_cell_teaches_are_left_out(
-    study: Path, model: Pretrained, tmp_path: Path
+    study: Path, model: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A column of groups decides, and one type stands in a single group."""
+    """A column of the file decides, and one type stands on one side alone."""
     cohort = read_cohort(_asked(study), model)
     types = np.unique(cohort.label_N)
     alone = cohort.label_N == types[-1]
     group = np.where(alone, "test", np.where(np.arange(len(alone)) % 2, "train", "test"))
     cohort.obs["part"] = group
     config = EvaluateConfig(evaluate=_asked(study, split="part", parts=["finetuning"]))
-    found = _Parts(config, model, cohort, tmp_path).split
-    assert set(cohort.label_N[found.train]) == set(cohort.label_N[found.test]) == set(types[1:-1])
-    assert found.left_out["class of no training cell"] == alone.sum()
-    assert found.left_out["no type, or the only cell of its type"] == 2
+    asked: list[np.ndarray] = []
+
+    def predict(shown: np.ndarray, rows: np.ndarray, seed: int) -> np.ndarray:
+        asked.append(rows)
+        return np.unique(cohort.label_N, return_inverse=True)[1][rows]
+
+    monkeypatch.setattr(Methods, "of_labels", lambda self, class_N: {"knows": predict})
+    parts = _Parts(config, model, cohort, tmp_path)
+    found = parts.finetuning()
+    assert set(cohort.label_N[asked[0]]) == set(types[1:-1])
+    assert found["methods"]["knows"]["accuracy"]["mean"] == 1
+    assert found["split"]["left_out"] == {
+        "no type, or the only cell of its type": 2,
+        "class of no training cell": alone.sum(),
+    }
+    assert alone[parts.split.test].sum() == alone.sum(), "of pathways they are as good a test as any"
+    # One type to learn from costs this part alone.
     cohort.obs["part"] = np.where(alone, "train", "test")
-    with pytest.raises(InputError, match=r"evaluate\.split: every training cell is"):
-        _Parts(config, model, cohort, tmp_path)
+    reason = _Parts(config, model, cohort, tmp_path).finetuning()["empty"]
+    assert reason.startswith("evaluate.split: every training cell is")
 
 
 def test_a_sample_is_seeded_and_said(study: Path, model: Pretrained) -> None:
