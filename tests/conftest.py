@@ -14,7 +14,7 @@ os.environ["RAY_AUTH_MODE"] = "disabled"  # before ray is imported
 
 
 BEGAN = time.monotonic()
-LAST = ("bench", "cluster", "faults")
+LAST = ("faults", "cluster", "bench")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

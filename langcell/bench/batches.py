@@ -27,10 +27,11 @@ from langcell.census.layout import ORGANISM
 from langcell.census.options import CensusOptions
 from langcell.corpus.blocks import row_groups
 from langcell.corpus.manifest import Manifest
+from langcell.corpus.microbatch import micro_batch
 from langcell.corpus.options import CorpusOptions
 from langcell.corpus.plan import Plan
 from langcell.corpus.prepare import prepare
-from langcell.corpus.stream import deal_window, micro_batch
+from langcell.corpus.stream import deal_window
 from langcell.corpus.text_table import load_text_table
 from langcell.model.interop import load_tokenizer
 from langcell.text.options import TextOptions

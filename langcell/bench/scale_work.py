@@ -26,10 +26,11 @@ from langcell.bench.collectives import Collective, Collectives
 from langcell.bench.data import GENES
 from langcell.bench.processes import Work, memory_mb
 from langcell.cells.vocabulary import FIRST_GENE
+from langcell.corpus.microbatch import micro_batch
 from langcell.corpus.options import CorpusOptions
 from langcell.corpus.plan import Plan, RowGroups
 from langcell.corpus.schema import BLOCK_ENCODING, BLOCK_SCHEMA, block_name
-from langcell.corpus.stream import deal_window, micro_batch
+from langcell.corpus.stream import deal_window
 from langcell.model.flops import Work as Counts
 from langcell.model.flops import count_work, step_flops
 from langcell.model.options import ModelOptions

@@ -12,23 +12,26 @@ the first step (5,000 of them: 5-16 s), so a long stage is several datasets of `
 other; a change takes 1-4 s in `LAP` x M steps.
 
 Order is kept by Ray Data's `preserve_order`; its default reservation of resources would leave half
-of the CPUs idle. Both are set in the worker's own DataContext.
+of the CPUs idle. The thread that schedules a stream lives in the worker, beside the step, and while blocks
+wait for their consumer it never rests by itself (Ray 2.60; `Pace`). All three are set in the worker's own
+DataContext.
 
-Shape suffixes: C cells of a window, M its micro-batches, B cells of one, T their tokens, K distinct texts.
+Shape suffixes: C cells of a window, M its micro-batches, B cells of one.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as pads
 import ray.data
-import torch
 from ray.data import DataContext
+from ray.data._internal.execution.execution_callback import ExecutionCallback
 
-from langcell.batch import MicroBatch, Packed, TextTable
 from langcell.corpus.plan import Plan, Position, Window
 from langcell.corpus.schema import BLOCK_SCHEMA
 from langcell.storage import open_root
@@ -38,6 +41,19 @@ FILES_AHEAD = 16
 """Row groups that a task fetches at once: a window's lie in as many files, each three requests on S3."""
 LAP = 256
 """Rounds that a dataset has at most."""
+REST_S = 0.02
+"""Between two looks of a stream's scheduler at its tasks (s), of which each takes a second or more."""
+
+
+class Pace(ExecutionCallback):
+    """Makes a stream's scheduler rest between its steps.
+
+    It waits for a task to have output, and that of one which backpressure holds back is there at once. The
+    loop then takes a core, and the interpreter's lock from the step.
+    """
+
+    def on_execution_step(self, executor: Any) -> None:
+        time.sleep(REST_S)
 
 
 def read_cells(corpus_dir: str, window: Window) -> pa.Table:
@@ -95,6 +111,8 @@ def stream(
     context.op_resource_reservation_enabled = False
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    if Pace not in context.custom_execution_callback_classes:
+        context.custom_execution_callback_classes.append(Pace)
     ahead = start.epoch * plan.rounds + start.step // plan.window_steps
     for first in range(ahead, epochs * plan.rounds, LAP):
         rounds = range(first, min(first + LAP, epochs * plan.rounds))
@@ -122,43 +140,3 @@ def _lap(
         batch_size=len(lanes), batch_format="pyarrow", prefetch_batches=prefetch
     )
     yield from zip(positions, batches, strict=True)
-
-
-def draw_variants(
-    text_id_B: np.ndarray, *, variants: int, short_share: float, seed: int, epoch: int
-) -> np.ndarray:
-    """Variant that each text is read in this epoch (int64): a pure function of (seed, epoch, text_id).
-
-    0 is the full text; a shortened one with probability `short_share`, all equally likely.
-    """
-    if variants == 1:
-        return np.zeros(len(text_id_B), dtype=np.int64)
-    distinct_K, inverse_B = np.unique(text_id_B, return_inverse=True)
-    drawn_K = np.zeros(len(distinct_K), dtype=np.int64)
-    for k, text_id in enumerate(distinct_K):
-        generator = np.random.default_rng([seed, epoch, int(np.uint64(text_id))])
-        if generator.random() < short_share:
-            drawn_K[k] = generator.integers(1, variants)
-    return drawn_K[inverse_B]
-
-
-def micro_batch(row: pa.Table, texts: TextTable, *, epoch: int, short_share: float, seed: int) -> MicroBatch:
-    """The tensors of a one-row table of `deal_window`. Their order is free: draws are by joinid."""
-    column = {name: row[name].combine_chunks().flatten().to_numpy() for name in row.column_names}
-    offsets = np.concatenate([[0], np.cumsum(column["length"])])
-    text_id_B = column["text_id"]
-    variant_B = draw_variants(
-        text_id_B, variants=texts.variants, short_share=short_share, seed=seed, epoch=epoch
-    )
-    index_B = texts.index(text_id_B)
-    row_B = texts.row_KV[index_B, variant_B]
-    # A full text may say no more than a shortened one does: that a cell is of a type.
-    short_B = (variant_B > 0) | ((row_B == texts.row_KV[index_B, -1]) & (texts.variants > 1))
-    return MicroBatch(
-        cells=Packed.from_offsets(column["tokens"], offsets),
-        soma_joinid_B=torch.from_numpy(column["soma_joinid"].copy()),
-        text_id_B=torch.from_numpy(text_id_B.copy()),
-        term_B=torch.from_numpy(texts.term[index_B]),
-        text_row_B=torch.from_numpy(row_B),
-        short_B=torch.from_numpy(short_B),
-    )

@@ -11,7 +11,7 @@ import torch
 from deepspeed import DeepSpeedEngine
 
 from langcell.batch import MicroBatch, TextTable
-from langcell.corpus.stream import micro_batch
+from langcell.corpus.microbatch import micro_batch
 from langcell.corpus.text_table import load_text_table
 from langcell.model.interop import build_model, load_tokenizer
 from langcell.objective.lanes import Lanes

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -10,9 +13,10 @@ import torch
 
 from langcell.batch import Packed, TextTable
 from langcell.corpus import stream as streams
+from langcell.corpus.microbatch import draw_variants, micro_batch
 from langcell.corpus.plan import Epoch, Plan, Position, RowGroups, Span, Window
 from langcell.corpus.schema import BLOCK_SCHEMA
-from langcell.corpus.stream import deal_window, draw_variants, micro_batch, read_cells, stream
+from langcell.corpus.stream import deal_window, read_cells, stream
 
 TEXTS = [11, 22, 33]
 
@@ -95,6 +99,27 @@ def test_windows_are_left_to_the_tasks(
     steps = stream(directory, plan, lanes=[0], epochs=10_000, start=Position(0, 0), prefetch=1)
     assert next(steps)[0] == Position(0, 0)
     assert not made
+
+
+def test_its_scheduler_rests_while_nobody_takes(
+    ray_session: None, corpus: tuple[str, Plan], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It shares the worker's interpreter with the step, and has nothing to do: blocks wait to be taken."""
+    looks = 0
+    rest = streams.Pace.on_execution_step
+
+    def look(self: streams.Pace, executor: Any) -> None:
+        nonlocal looks
+        looks += 1
+        rest(self, executor)
+
+    monkeypatch.setattr(streams.Pace, "on_execution_step", look)
+    directory, plan = corpus
+    steps = stream(directory, plan, lanes=[0], epochs=10_000, start=Position(0, 0), prefetch=1)
+    next(steps)
+    before = looks
+    time.sleep(1)
+    assert 0 < looks - before <= 1 / streams.REST_S + 1
 
 
 def test_cells_are_read_in_the_order_of_the_spans(corpus: tuple[str, Plan]) -> None:

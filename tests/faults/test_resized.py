@@ -37,12 +37,21 @@ class StopAt(Stopping):
 
 
 @pytest.mark.slow
-@pytest.mark.soak
-def test_workers_come_and_go(straight: Straight, tiny: Tiny, tmp_path: Path) -> None:
-    """2 -> 1 in stage 1, 1 -> 3 in stage 2, of four lanes."""
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        [(2, 8), (1, 30), (3, None)],
+        pytest.param([(2, 8), (1, 30), (2, 50), (3, None)], marks=pytest.mark.soak),
+    ],
+    ids=["twice", "thrice"],
+)
+def test_workers_come_and_go(
+    straight: Straight, tiny: Tiny, tmp_path: Path, sizes: list[tuple[int, int | None]]
+) -> None:
+    """Of four lanes: fewer workers in stage 1, more in stage 2. sizes: workers, and the step they stop at."""
     run_dir = tmp_path / "run"
     trained: Trained | None = None
-    for workers, stop in ((2, 8), (1, 30), (3, None)):
+    for workers, stop in sizes:
         first, second = tiny.tasks(run_dir, num_workers=workers)
         stopping = Stopping() if stop is None else StopAt(run_dir, stop)
         try:
@@ -59,5 +68,5 @@ def test_workers_come_and_go(straight: Straight, tiny: Tiny, tmp_path: Path) -> 
         *expected, expected_norm = theirs
         assert losses == pytest.approx(expected, rel=1e-5)
         assert norm == pytest.approx(expected_norm, rel=1e-3)
-    recoveries = tiny.recoveries(run_dir)
-    assert [recovery["steps_replayed"] for recovery in recoveries] == [0, 0], "a notice loses nothing"
+    replayed = [recovery["steps_replayed"] for recovery in tiny.recoveries(run_dir)]
+    assert replayed == [0] * (len(sizes) - 1), "a notice loses nothing"

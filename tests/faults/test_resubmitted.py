@@ -37,10 +37,21 @@ def wait_for_step(job: subprocess.Popen[bytes], run_dir: Path, step: int, log: P
 
 
 @pytest.mark.slow
-def test_the_same_command_goes_on(straight: Straight, tiny: Tiny, tmp_path: Path) -> None:
-    """SIGKILL of the driver, which takes its whole Ray with it; SIGTERM; and to the end."""
+@pytest.mark.parametrize(
+    "signals",
+    [
+        {9: signal.SIGKILL, 30: signal.SIGTERM},
+        pytest.param({9: signal.SIGKILL, 30: signal.SIGTERM, 50: signal.SIGINT}, marks=pytest.mark.soak),
+    ],
+    ids=["twice", "thrice"],
+)
+def test_the_same_command_goes_on(
+    straight: Straight, tiny: Tiny, tmp_path: Path, signals: dict[int, signal.Signals]
+) -> None:
+    """SIGKILL of the driver, which takes its whole Ray with it; SIGTERM; ctrl-C; and to the end."""
     run_dir, log = tmp_path / "run", tmp_path / "log"
-    for number, step, code in ((signal.SIGKILL, 9, -9), (signal.SIGTERM, 30, 75)):
+    for step, number in signals.items():
+        code = -9 if number == signal.SIGKILL else 75
         job = submit(tiny, run_dir, log)
         wait_for_step(job, run_dir, step, log)
         job.send_signal(number)
@@ -55,7 +66,7 @@ def test_the_same_command_goes_on(straight: Straight, tiny: Tiny, tmp_path: Path
     assert summary["rows_repeated"] == summary["rows_skipped"] == summary["steps_skipped"] == 0
     assert summary["rows_dropped_tail"] == 3 * 11
     assert summary["steps_replayed"] == sum(r["steps_replayed"] for r in tiny.recoveries(run_dir)) <= 9
-    assert len(summary["recoveries_s"]) == 2
+    assert len(summary["recoveries_s"]) == len(signals)
     assert all(0 < seconds < 700 for seconds in summary["recoveries_s"])
     assert "ended by SIGTERM" not in log.read_text()
     assert "--run.resume auto goes on" in log.read_text()
