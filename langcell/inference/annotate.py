@@ -71,13 +71,7 @@ class Annotator:
     """A model that has read the candidates."""
 
     def __init__(self, model: Pretrained, candidates: Sequence[Candidate], options: AnnotateOptions) -> None:
-        learnt = model.config.get("finetuned", {}).get("kind", "few_shot")
-        if learnt != "few_shot":
-            raise InputError(
-                f"model: {model.name} was fine-tuned for {learnt} of {model.config['finetuned']['target']}: "
-                "its cells have left the space of the texts. Use langcell.predict, or the model it was made "
-                "from"
-            )
+        model.refuse_classifier()
         _check(options)
         self.model, self.candidates, self.options = model, list(candidates), options
         self.texts = tokenize(
@@ -143,12 +137,7 @@ def choose(
         found = read_candidates(candidates, model.ontology)
         if any(one.label == UNASSIGNED for one in found):
             raise InputError(f"candidates: {UNASSIGNED!r} is what cells without an answer are called")
-        if free := [one.label for one in found if not one.term]:
-            warnings.warn(
-                "langcell: no name or id of the cell ontology, and so taken at their word, without a "
-                f"definition: {', '.join(map(repr, free))}",
-                stacklevel=3,
-            )
+        warn_of_free_text(found, stacklevel=4)
         return found
     known = [model.ontology.get(term) for term in model.known_types(tissue)]
     if len(known) < 2:
@@ -158,6 +147,16 @@ def choose(
             + "; name the candidates"
         )
     return [of_term(term) for term in known if term is not None]
+
+
+def warn_of_free_text(candidates: Sequence[Candidate], stacklevel: int = 2) -> None:
+    """A misspelt name is free text, too."""
+    if free := [one.label for one in candidates if not one.term]:
+        warnings.warn(
+            "langcell: no name or id of the cell ontology, and so taken at their word, without a "
+            f"definition: {', '.join(map(repr, free))}",
+            stacklevel=stacklevel,
+        )
 
 
 def _check(options: AnnotateOptions) -> None:
@@ -245,22 +244,25 @@ def annotate(
 
     Writes obs[`KEY_label`], `KEY_id` (CL id), `KEY_score` (0 to 1), `KEY_runner_up`, `KEY_logits1`
     (contrast), `KEY_logits2` (matching), and with `roll_up` `KEY_rolled_up`; obsm["X_langcell"], float32 [N,
-    P]; and uns[KEY], how it was done. Raises InputError for counts, genes or candidates that cannot be used.
+    P]; and uns[KEY], how it was done, by how many genes of the model among the rest. What an earlier call
+    wrote is replaced. Raises InputError for counts, genes or candidates that cannot be used, for columns of
+    these names that are somebody else's, and for a view of a backed file.
     """
     model = _load(model)
     if cluster is not None and cluster not in adata.obs:
         raise InputError(f"cluster: obs has no column {cluster}; it has {', '.join(adata.obs) or 'none'}")
+    refuse_backed_view(adata)
+    stale = earlier(adata.obs, adata.uns.get(key), key)
     annotator = Annotator(model, choose(model, candidates, tissue), AnnotateOptions(**options))
     counts = counts_of(adata, model, layer, symbols)
     parts = (annotator(sentences) for _, sentences in _bar(counts, chunk, progress))
     calls = Calls.gathered(parts, counts.n)
     table = columns(calls, annotator, None if cluster is None else adata.obs[cluster], key)
-    stale = [f"{key}_{name}" for name in COLUMNS if f"{key}_{name}" in adata.obs]
-    adata.obs.drop(columns=stale, inplace=True)  # of an earlier call, with other options
+    adata.obs.drop(columns=stale, inplace=True)
     for name in table:
         adata.obs[name] = table[name].to_numpy() if table[name].dtype != "category" else table[name].array
     adata.obsm[EMBEDDING] = calls.z_NP
-    adata.uns[key] = how(annotator)
+    adata.uns[key] = how(annotator) | {"genes": counts.genes, "naming": counts.naming}
 
 
 def embed(
@@ -278,11 +280,38 @@ def embed(
     Arguments and errors as of `annotate`.
     """
     model = _load(model)
+    model.refuse_classifier()
+    refuse_backed_view(adata)
     counts = counts_of(adata, model, layer, symbols)
     parts = _bar(counts, chunk, progress)
     (adata.obsm[EMBEDDING],) = gather(
         ((embed_cells(model.model, cells, batch_tokens).numpy(),) for _, cells in parts), counts.n
     )
+
+
+def refuse_backed_view(adata: AnnData) -> None:
+    """Raises InputError for what can be read and not be written to, before hours are spent on it."""
+    if adata.isbacked and adata.is_view:
+        raise InputError(
+            "adata is a selection of a backed file, which anndata cannot write to: give adata.to_memory(), "
+            "or the whole file"
+        )
+
+
+def earlier(obs: pd.DataFrame, made: Any, key: str) -> list[str]:
+    """Columns of an earlier annotation, which those of another replace.
+
+    made: uns[key], or None. Raises InputError where there is something else under these names.
+    """
+    stale = [f"{key}_{name}" for name in COLUMNS if f"{key}_{name}" in obs]
+    ours = isinstance(made, Mapping) and "beta_hash" in made
+    if not ours and (stale or made is not None):
+        there = [f"obs[{name!r}]" for name in stale] + [f"uns[{key!r}]"] * (made is not None)
+        raise InputError(
+            f"key: {', '.join(there)} would be overwritten, and no record says that langcell wrote it. "
+            "Choose another key, or take it out"
+        )
+    return stale
 
 
 def gather(parts: Iterable[tuple[np.ndarray, ...]], n: int) -> tuple[np.ndarray, ...]:
@@ -314,7 +343,7 @@ def counts_of(
 
 
 def how(annotator: Annotator) -> dict[str, Any]:
-    """`uns[KEY]`: model, its vocabulary and medians, candidates and options, in types that .h5ad holds."""
+    """For `uns[KEY]`: model, its vocabulary and medians, candidates, options, in types that .h5ad holds."""
     model = annotator.model
     given = {name: value for name, value in asdict(annotator.options).items() if value is not None}
     return {

@@ -88,8 +88,9 @@ class Counts:
         where the model does not know them. A cell's total is obs `raw_sum` where that is stated (X may hold
         a part of the genes), else the sum over all columns, those that are no token included.
 
-        Warns of genes that stand twice. Raises InputError: no cells, no such layer, a backed matrix stored by
-        columns, genes or cells of another organism, no gene of the vocabulary, counts that are not raw.
+        Warns of genes that stand twice, and of few of the model's. Raises InputError: no cells, no such
+        layer, a backed matrix stored by columns, genes or cells of another organism, no gene of the
+        vocabulary, counts that are not raw.
         """
         if not adata.n_obs:
             raise InputError("adata holds no cells (0 rows): nothing to read")

@@ -31,6 +31,9 @@ _CALLED = {
     "mus_musculus": {"mus_musculus", "mouse", "ncbitaxon:10090"},
 }
 """What obs or uns may call an organism, in lower case and with _ for a blank."""
+FEW = 0.1
+"""Share of the model's genes below which a file is said to have few: whole-transcriptome chemistry measures
+most of any vocabulary, a targeted panel some hundred genes."""
 _UNSAID = {"", "unknown", "na", "nan", "none"}
 
 
@@ -82,8 +85,8 @@ def find_genes(
     """The naming of `var` that finds the most genes; the first of several.
 
     vocabulary, beta: the model's; a gene counts if it has a token and a median. symbols: id by symbol,
-    beside what beta knows; it comes first. Warns of duplicated names. Raises InputError where no gene is
-    found, or more of them if capitals are ignored.
+    beside what beta knows; it comes first. Warns of duplicated names, and of few genes. Raises InputError
+    where no gene is found, or more of them if capitals are ignored.
     """
     texts = _texts(var, (*ID_COLUMNS, *NAME_COLUMNS))
     namings = {place: [ensembl_id(name) or name for name in names] for place, names in texts.items()}
@@ -96,6 +99,12 @@ def find_genes(
     _refuse_other_capitals(namings, {*row_of, *(s for s, gene in id_of.items() if gene in row_of)}, best.n)
     if not best.n:
         _refuse_unknown(namings, row_of, beta)
+    if best.n < FEW * len(row_of):
+        warnings.warn(
+            f"langcell: the file has {best.n:,} of the model's {len(row_of):,} genes ({best.naming}): its "
+            "sentences are short, and what the model is known to reach does not hold for them",
+            stacklevel=3,
+        )
     if best.duplicated:
         warnings.warn(
             f"langcell: {best.duplicated} columns ({best.naming}) are left out of the sentences, because "

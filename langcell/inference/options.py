@@ -34,6 +34,6 @@ class AnnotateOptions:
     min_score: float = 0.0
     """Score below which a cell is `unassigned` (0 to 1). Scores of the candidates sum to 1; with `a` 0.1 and `top_k` 5 the best one lies between 0.2 and 0.5."""
     roll_up: float | None = None
-    """Share of the score that a term of the ontology must gather from its candidates to be the rolled-up answer (0 to 1); the deepest such term is taken. None: no roll-up."""
+    """Share of the belief in all candidates that a term of the ontology must gather from those below it to be the rolled-up answer (0 to 1); the deepest such term is taken. The belief in a candidate is `a` of its contrast and 1 - `a` of its probability to match relative to the others', sharper than the score. None: no roll-up."""
     batch_tokens: int = 16384
     """Cell tokens, and text tokens of matched pairs, of one forward (tokens)."""

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from langcell.batch import Packed
 from langcell.errors import InputError
-from langcell.inference.annotate import counts_of
+from langcell.inference.annotate import COLUMNS, counts_of, refuse_backed_view
 from langcell.inference.embed import batches, inferring
 from langcell.inference.pretrained import Pretrained
 from langcell.model.classifier import CellClassifier, Kind, with_cells
@@ -53,14 +53,20 @@ class Head:
         """O."""
         return len(self.classes) or 1
 
+    @property
+    def column(self) -> str:
+        """What predictions are called: `langcell_TARGET`, or `langcell_predicted_TARGET` where an annotation
+        has a column of that name."""
+        return f"langcell_{'predicted_' * (self.target in COLUMNS)}{self.target}"
+
     def columns(self, output_NO: Tensor) -> pd.DataFrame:
         """Predictions from outputs, without an index of their own.
 
-        classification: `langcell_TARGET` (category) and its probability. regression: `langcell_TARGET` in the
-        target's unit. multilabel: `langcell_TARGET`, labels of probability 0.5 and more, joined by `||`, and
-        the probability of each label.
+        classification: `column` (category) and its probability. regression: `column` in the target's unit.
+        multilabel: `column`, labels of probability 0.5 and more, joined by `||`, and the probability of each
+        label.
         """
-        name = f"langcell_{self.target}"
+        name = self.column
         if self.kind == "regression":
             return pd.DataFrame({name: output_NO[:, 0].double().numpy() * self.std + self.mean})
         if self.kind == "classification":
@@ -127,6 +133,7 @@ def predict(
     adata: raw counts, in memory or backed; layer, symbols as of `langcell.annotate`; chunk: cells read at a
     time; batch_tokens: cell tokens of one forward. Raises InputError for what cannot be read.
     """
+    refuse_backed_view(adata)
     model = model if isinstance(model, FineTuned) else FineTuned.from_pretrained(model)
     counts = counts_of(adata, model.base, layer, symbols)
     parts = [outputs(model.classifier, cells, batch_tokens) for _, cells in counts.chunks(chunk)]

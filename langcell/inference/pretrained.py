@@ -112,6 +112,15 @@ class Pretrained:
         pq.write_table(self.types, directory / "types.parquet")
         (directory / CARD).write_text(self.card)
 
+    def refuse_classifier(self) -> None:
+        """Raises InputError for a LangCell-CE, whose cells have left the space of the texts."""
+        tuned = self.config.get("finetuned", {"kind": "few_shot"})
+        if tuned["kind"] != "few_shot":
+            raise InputError(
+                f"model: {self.name} was fine-tuned for {tuned['kind']} of {tuned['target']}: its cells have "
+                "left the space of the texts. Use langcell.predict, or the model it was made from"
+            )
+
     @property
     def tau(self) -> float:
         """Temperature of the contrast."""

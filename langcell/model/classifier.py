@@ -94,11 +94,12 @@ def with_cells(model: LangCell, cell_bert: BertModel) -> LangCell:
     return copy.deepcopy(model, {id(model.cell_bert): cell_bert, id(words): new_words}).eval()
 
 
-def started(model: LangCell, start: str, seed: int) -> LangCell:
+def started(model: LangCell, start: str, seed: int, option: str = "finetune.init") -> LangCell:
     """A copy of `model` whose cell encoder has other weights to start from.
 
     start: `random`, fresh ones from `seed`; or a Geneformer-style folder or Hub id, of the same vocabulary
-    and shape (a token that it lacks keeps a fresh row). Raises InputError where it does not fit.
+    and shape (a token that it lacks keeps a fresh row); option: by which it was asked for. Raises InputError
+    where it does not fit.
     """
     config = model.cell_bert.config
     torch.manual_seed(seed)
@@ -106,12 +107,12 @@ def started(model: LangCell, start: str, seed: int) -> LangCell:
     other = with_cells(model, fresh).to(model.cell_proj.weight.device)
     if start == "random":
         return other
-    theirs = load_config(start, "finetune.init")
+    theirs = load_config(start, option)
     for name in ("num_hidden_layers", "hidden_size", "num_attention_heads", "hidden_act"):
         if getattr(theirs, name) != getattr(config, name):
             raise InputError(
-                f"finetune.init: {start} has {name} {getattr(theirs, name)}, the model "
+                f"{option}: {start} has {name} {getattr(theirs, name)}, the model "
                 f"{getattr(config, name)}; a start must have the model's shape"
             )
-    load_cell_checkpoint(other, start)
+    load_cell_checkpoint(other, start, option)
     return other

@@ -103,12 +103,13 @@ def load_bert(bert: nn.Module, path: str, new: tuple[str, ...] = ()) -> None:
     load_into(bert, state, path, new)
 
 
-def load_cell_checkpoint(model: LangCell, path: str) -> None:
+def load_cell_checkpoint(model: LangCell, path: str, key: str = "model.cell_init") -> None:
     """Load a Geneformer-style checkpoint: encoder, and the gene head where it has one.
 
-    Where the embeddings end before `<cls>`, its row keeps its fresh initialisation.
+    Where the embeddings end before `<cls>`, its row keeps its fresh initialisation. key: the option that
+    named it.
     """
-    state = load_state(path, "model.cell_init")
+    state = load_state(path, key)
     encoder = {name.removeprefix("bert."): tensor for name, tensor in state.items()}
     if (words := encoder.get(WORDS)) is not None:
         encoder[WORDS] = _in_our_order(words, model.cell_bert.embeddings.word_embeddings.weight)

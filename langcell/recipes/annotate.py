@@ -30,7 +30,7 @@ from langcell.corpus.measuring import measure
 from langcell.errors import InputError
 from langcell.files import write_whole
 from langcell.inference import figures
-from langcell.inference.annotate import KEY, UNASSIGNED, Annotator, choose, columns, how
+from langcell.inference.annotate import KEY, UNASSIGNED, Annotator, choose, columns, earlier, how
 from langcell.inference.candidates import read_file
 from langcell.inference.figures import JointSpace
 from langcell.inference.options import AnnotateOptions
@@ -84,7 +84,7 @@ def run(config: AnnotateConfig) -> dict[str, Any]:
     if asked.data is not None:
         study, source, found = _file(absolute(asked.data), asked, model)
         with connect(config.run):
-            summary = _annotate(config, directory, place, annotator, study, source, None)
+            summary = _annotate(config, directory, place, annotator, study, source, found)
     else:
         for name in ("layer", "symbols"):
             if getattr(asked, name) is not None:
@@ -95,9 +95,9 @@ def run(config: AnnotateConfig) -> dict[str, Any]:
             query, source = _query(cells, config.census)
             judge = _Judge(cells, config.census, query)
             found = {"genes": query.encoder(model)[1].genes}
-            summary = _annotate(config, directory, place, annotator, query, source, judge)
+            summary = _annotate(config, directory, place, annotator, query, source, found, judge)
     seconds = time.monotonic() - started
-    summary |= {**found, "seconds": seconds, "cells_per_s": summary["cells"] / seconds}
+    summary |= {"seconds": seconds, "cells_per_s": summary["cells"] / seconds}
     write_whole(directory / "summary.json", json.dumps(summary, indent=2))
     most = ", ".join(f"{name} {n:,}" for name, n in list(summary["labels"].items())[:8])
     print(f"cells    {summary['cells']:,}: {most}")
@@ -136,6 +136,7 @@ def _file(path: str, asked: AnnotateJobOptions, model: Pretrained) -> tuple[File
             raise InputError(
                 f"annotate.cluster: obs has no column {asked.cluster}; it has: {', '.join(adata.obs)}"
             )
+        earlier(adata.obs, adata.uns.get(KEY), KEY)
         symbols = read_symbols(asked.symbols, "annotate.symbols") if asked.symbols else None
         study = FileStudy(path, asked.layer, symbols, adata.n_obs, asked.chunk)
         counts = study.counts(model)
@@ -180,9 +181,11 @@ def _annotate(
     annotator: Annotator,
     study: Study,
     source: Path | pd.DataFrame,
-    judge: _Judge | None,
+    found: dict[str, Any],
+    judge: _Judge | None = None,
 ) -> dict[str, Any]:
-    """Call all cells and write file and figure; counts for the summary. judge: of cells of a Census."""
+    """Call all cells and write file and figure; the summary. found: of the genes; judge: of cells of a
+    Census."""
     asked, width = config.annotate, annotator.z_CP.shape[1]
     with AnnotatedFile(directory / "annotated.h5ad", source, width) as file:
         note = judge or (lambda *_: None)
@@ -190,7 +193,7 @@ def _annotate(
             file.put(row, calls)
         cluster = None if asked.cluster is None else file.obs[asked.cluster]
         table = columns(file.calls, annotator, cluster)
-        file.finish(table, KEY, how(annotator))
+        file.finish(table, KEY, how(annotator) | found)
         labels = table[f"{KEY}_label"].astype(str).to_numpy()
         space = _sample(file, labels, annotator, asked.figure_cells)
     figure = figures.joint_space(space)
@@ -205,6 +208,7 @@ def _annotate(
         "candidates": [one.label for one in annotator.candidates],
         "model": place,
         "mean_score": float(table[f"{KEY}_score"].mean()),
+        **found,
     }
 
 

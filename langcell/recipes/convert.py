@@ -72,7 +72,9 @@ def _read(asked: ConvertOptions) -> Pretrained:
     source = Path(asked.source)
     if is_official(source) and not (source / "vocabulary.json").exists():
         return _released(source, asked)
-    return Pretrained.from_pretrained(source, device="cpu")
+    model = Pretrained.from_pretrained(source, device="cpu")
+    model.refuse_classifier()  # its head has no place in either layout
+    return model
 
 
 def _released(source: Path, asked: ConvertOptions) -> Pretrained:

@@ -73,10 +73,11 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
     Raises InputError for what the user can mend.
     """
     asked, started = config.evaluate, time.monotonic()
-    _check(asked)
+    _check(config)
     directory = Path(absolute(config.run.dir))
     directory.mkdir(parents=True, exist_ok=True)
     model = Pretrained.from_pretrained(absolute(asked.model))
+    model.refuse_classifier()
     cohort = read_cohort(asked, model)
     for option in ("batch", "split"):
         if (column := getattr(asked, option)) is not None:
@@ -99,16 +100,18 @@ def run(config: EvaluateConfig) -> dict[str, Any]:
             show: Callable[[dict[str, Any]], str] = getattr(sections, name)
             written.append(f"## {TITLES[name]}\n\n{show(results[name])}\n")
             print("", written[-1], sep="\n", flush=True)
-    summary = {"model": model.name, **about, **results, "seconds": time.monotonic() - started}
-    write_whole(directory / "summary.json", json.dumps(summary, indent=2))
-    write_whole(directory / "tables.md", "\n".join(written))
+            # After every part: what fails in a later one costs none of these.
+            summary = {"model": model.name, **about, **results, "seconds": time.monotonic() - started}
+            write_whole(directory / "summary.json", json.dumps(summary, indent=2))
+            write_whole(directory / "tables.md", "\n".join(written))
     for what, name in (("tables", "tables.md"), ("summary", "summary.json")):
         print(f"{what:<8} {directory / name}", flush=True)
     return summary
 
 
-def _check(asked: EvaluateOptions) -> None:
+def _check(config: EvaluateConfig) -> None:
     """What a type cannot say."""
+    asked = config.evaluate
     for name in ("shots", "recall"):
         values = getattr(asked, name)
         if not values or sorted(set(values)) != values or values[0] < 1:
@@ -116,7 +119,14 @@ def _check(asked: EvaluateOptions) -> None:
     if "cell_type" in asked.facets:
         raise InputError("evaluate.facets: the column of cell_type is given by evaluate.label")
     if asked.pathways and asked.pathway_columns:
-        raise InputError("evaluate.pathways and evaluate.pathway_columns: give one of them")
+        raise InputError(
+            "evaluate.pathways and evaluate.pathway_columns: give one of them (--evaluate.pathways null "
+            "where the configuration names gene sets)"
+        )
+    if config.fit.seed != FitOptions().seed:
+        raise InputError("fit.seed: the seeds of an evaluation are evaluate.seed and those after it")
+    if not asked.parts:
+        raise InputError(f"evaluate.parts: none is asked for, of {', '.join(TITLES)}")
     if asked.batch is not None and "integration" in asked.parts:
         check_installed()
 
@@ -128,8 +138,10 @@ class _Parts:
         self.asked, self.model, self.cohort, self.directory = config.evaluate, model, cohort, directory
         self.methods = Methods(config.evaluate, config.fit, model, cohort)
         self.seeds = range(self.asked.seed, self.asked.seed + self.asked.seeds)
+        # What is wrong with a start, or with a split, is said before any part takes its time.
+        if {"finetuning", "few_shot"} & set(self.asked.parts):
+            self.methods.exchanged(self.asked.seed)
         if {"finetuning", "pathways"} & set(self.asked.parts):
-            # What is wrong with it is said before any part takes its time.
             self.labels, self.split = self._split()
         if "pathways" in self.asked.parts:
             self.pathway_labels = self._pathway_labels()
@@ -220,7 +232,12 @@ class _Parts:
             option="evaluate.split",
         )
         left_out = {"no type, or the only cell of its type": len(label_N) - len(rows), **split.left_out}
-        return types, replace(split, train=rows[split.train], test=rows[split.test], left_out=left_out)
+        if len(split.val):
+            left_out[f"obs[{self.asked.split!r}] says val"] = len(split.val)
+        none = rows[:0]
+        return types, replace(
+            split, train=rows[split.train], val=none, test=rows[split.test], left_out=left_out
+        )
 
     def finetuning(self) -> dict[str, Any]:
         class_N = self.labels.value

@@ -24,6 +24,7 @@ from ray.train.v2.api.exceptions import TrainingFailedError
 
 from langcell.errors import InputError, RunError
 from langcell.files import write_whole
+from langcell.inference.annotate import warn_of_free_text
 from langcell.inference.candidates import Candidate, read_candidates, read_file
 from langcell.inference.embed import tokenize
 from langcell.inference.options import AnnotateOptions
@@ -72,6 +73,9 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
         raise InputError(
             "finetune.method few_shot is a classification that starts from the model's own weights"
         )
+    for name in ("min_score", "roll_up"):
+        if getattr(config.score, name) != getattr(AnnotateOptions(), name):
+            raise InputError(f"score.{name} is of annotating; every test cell of a fine-tuning is answered")
     directory = Path(absolute(config.run.dir))
     model = Pretrained.from_pretrained(absolute(asked.model), device="cpu")
     study = read_study(asked, model, config.fit.seed)
@@ -131,7 +135,16 @@ def _texts(asked: FinetuneOptions, classes: tuple[str, ...], model: Pretrained) 
         given = read
         if missing := [name for name in classes if name not in given]:
             raise InputError(f"finetune.texts: {asked.texts} has no text of {', '.join(missing[:10])}")
-    return read_candidates({name: given.get(name, name) for name in classes}, model.ontology)
+    texts = read_candidates({name: given.get(name, name) for name in classes}, model.ontology)
+    of: dict[str, str] = {}
+    for one in texts:
+        if (other := of.setdefault(one.text, one.label)) != one.label:
+            raise InputError(
+                f"finetune.texts: {other} and {one.label} have the same text ({one.text!r}), by which "
+                "nothing can tell them apart"
+            )
+    warn_of_free_text(texts)
+    return texts
 
 
 def _task(config: FinetuneConfig, model: Pretrained, study: Study, texts: list[Candidate]) -> Task:

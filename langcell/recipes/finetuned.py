@@ -58,7 +58,7 @@ def answers_of_few_shot(
     )
     assert found.two_step_NC is not None
     best = found.two_step_NC.max(1)
-    name = f"langcell_{study.labels.head.target}"
+    name = study.labels.head.column
     label = pd.Categorical.from_codes(best.indices.numpy(), [one.label for one in texts])
     stated = {**model.config, "finetuned": {"target": study.labels.head.target, "kind": "few_shot"}}
     return (
@@ -71,7 +71,7 @@ def judge(study: Study, tested: pd.DataFrame) -> dict[str, Measures]:
     """Measures of the predictions for the test cells (`model`), and of the best `constant` that the training
     cells tell: the most frequent class, the mean, or the prevalence of each label."""
     head, split, value = study.labels.head, study.split, study.labels.value
-    truth, learnt, column = value[split.test], value[split.train], tested[f"langcell_{head.target}"]
+    truth, learnt, column = value[split.test], value[split.train], tested[head.column]
     constant: np.ndarray
     score: Callable[[np.ndarray, np.ndarray], Any]
     if head.kind == "classification":

@@ -46,7 +46,8 @@ def read_study(asked: FinetuneOptions, model: Pretrained, seed: int) -> Study:
         raise InputError(f"finetune.data: {asked.data} cannot be read as .h5ad: {error}") from error
     try:
         read_labels(adata.obs, asked.target, asked.kind)  # before minutes of reading
-        counts = counts_of(adata, model, asked.layer, read_symbols(asked.symbols) if asked.symbols else None)
+        symbols = read_symbols(asked.symbols, "finetune.symbols") if asked.symbols else None
+        counts = counts_of(adata, model, asked.layer, symbols)
         cells = counts.sentences(0, counts.n)
         speaking = np.flatnonzero(~counts.empty_N)
         obs = adata.obs.iloc[speaking]
@@ -58,7 +59,8 @@ def read_study(asked: FinetuneOptions, model: Pretrained, seed: int) -> Study:
         obs,
         asked.split_by,
         test_share=asked.test_share,
-        val_share=asked.val_share,
+        # Of few shots no others choose the epoch, but for those that a column of the file sets aside.
+        val_share=0.0 if asked.shots is not None else asked.val_share,
         seed=seed,
         option="finetune.split_by",
     )

@@ -21,6 +21,8 @@ from langcell.inference.predict import JOINED, Head
 from langcell.model.classifier import Kind
 
 PARTS = ("train", "val", "test")
+SAID = {"training": "train", "valid": "val", "validation": "val", "testing": "test"}
+"""Other words for the parts, which a column may have in any capitals."""
 SEVERAL = "labels"
 """What the target is called where several columns make it."""
 TRUE_FALSE = {True: 1, False: 0, "True": 1, "False": 0, "true": 1, "false": 0, "0": 0, "1": 1}  # True is 1
@@ -192,7 +194,8 @@ def split_cells(
     """Which cells train, validate and test.
 
     by: None, so much of the cells (of each class) at random; a column whose values are the parts themselves,
-    train, test and maybe val (cells of other values take no part); or one whose groups stay together.
+    train, test and maybe val (in any capitals, or `SAID`; cells of other values take no part); or one whose
+    groups stay together.
     option: what errors call `by`. Raises InputError where training or test would have no cell.
     """
     if by is None:
@@ -201,8 +204,11 @@ def split_cells(
         raise InputError(f"{option}: obs has no column {by!r}; {_has(obs)}")
     else:
         group_N = obs[by].astype(str).to_numpy(str)
-        if {"train", "test"} <= set(group_N):
-            part_N, rule = group_N, f"as obs[{by!r}] says"
+        words = {group: group.strip().casefold() for group in np.unique(group_N).tolist()}
+        part_of = {group: SAID.get(word, word) for group, word in words.items()}
+        if {"train", "test"} <= set(part_of.values()):
+            part_N = np.array([part_of[group] for group in group_N.tolist()])
+            rule = f"as obs[{by!r}] says"
         else:
             part_N, rule = _by_group(group_N, by, test_share, val_share, seed, option)
     train, val, test = (np.flatnonzero(part_N == part) for part in PARTS)

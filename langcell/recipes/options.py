@@ -194,7 +194,7 @@ class FinetuneOptions(ReadingOptions):
     texts: str | None = None
     """File of the classes' texts for `few_shot`: two columns with a tab between, class and its name, CL id or description. None: the classes' own names."""
     shots: int | None = None
-    """Training cells of each class (count), a seeded choice. None: all."""
+    """Training cells of each class (count), a seeded choice; no other labelled cell then chooses the epoch, unless `split_by` says val. None: all."""
     split_by: str | None = None
     """Column of obs that says train, val and test; or whose groups (donor, dataset) stay together. None: at random, of each class the same share."""
     test_share: float = 0.2

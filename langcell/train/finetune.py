@@ -33,6 +33,7 @@ from torch.nn.parallel import DistributedDataParallel
 from transformers import get_linear_schedule_with_warmup
 
 from langcell.batch import Packed
+from langcell.errors import RunError
 from langcell.inference.embed import spans
 from langcell.objective.draws import key
 from langcell.objective.few_shot import FewShot
@@ -161,6 +162,11 @@ class _Fitting:
             total += self._step(rows, epoch * self.steps + place)
         loss = float(sum_over_ranks(total)) / len(self.task.train)
         val_loss = self._validate()
+        if not math.isfinite(loss + (val_loss or 0.0)):
+            raise RunError(
+                f"epoch {epoch + 1}: the loss is {loss}, of the validation cells {val_loss}; lower fit.lr "
+                "and fit.head_lr"
+            )
         row = {
             "epoch": epoch + 1,
             "loss": loss,

@@ -152,6 +152,47 @@ def test_a_backed_file_gives_the_same(model: Pretrained, cells: anndata.AnnData,
     np.testing.assert_allclose(backed.obsm["X_langcell"], cells.obsm["X_langcell"], atol=1e-6)
 
 
+def test_a_view_of_a_backed_file_is_refused_before_it_is_read(
+    model: Pretrained, cells: anndata.AnnData, tmp_path: Path
+) -> None:
+    cells.write_h5ad(tmp_path / "cells.h5ad")
+    view = anndata.read_h5ad(tmp_path / "cells.h5ad", backed="r")[:5]
+    for use in (langcell.embed, langcell.annotate):
+        with pytest.raises(InputError, match=r"a selection of a backed file.*adata\.to_memory"):
+            use(view, model)
+    langcell.annotate(view.to_memory(), model, TYPES, a=1, progress=False)
+
+
+def test_texts_are_encoded_once(model: Pretrained, cells: anndata.AnnData) -> None:
+    read = []
+    hook = model.model.text_proj.register_forward_hook(lambda module, given, made: read.append(len(made)))
+    try:
+        langcell.annotate(cells, model, TYPES, top_k=2, chunk=3, progress=False)
+    finally:
+        hook.remove()
+    assert sum(read) == len(TYPES), "once for four chunks"
+
+
+def test_columns_of_others_are_not_overwritten(model: Pretrained, cells: anndata.AnnData) -> None:
+    cells.obs["cell_id"] = cells.obs_names
+    with pytest.raises(InputError, match=r"key: obs\['cell_id'\] would be overwritten"):
+        langcell.annotate(cells, model, TYPES, a=1, key="cell")
+    cells.uns["leiden"] = {"params": {"resolution": 1}}
+    with pytest.raises(InputError, match=r"key: uns\['leiden'\] would be overwritten"):
+        langcell.annotate(cells, model, TYPES, a=1, key="leiden")
+    langcell.annotate(cells, model, TYPES, a=1, key="own", progress=False)
+    langcell.annotate(cells, model, TYPES, a=1, key="own", progress=False)
+    assert cells.obs["cell_id"].tolist() == cells.obs_names.tolist()
+
+
+def test_few_of_the_models_genes_are_said(model: Pretrained, cells: anndata.AnnData) -> None:
+    panel = cells[:, :70].copy()
+    with pytest.warns(UserWarning, match=r"has 70 of the model's 765 genes \(.*\): its sentences are"):
+        langcell.annotate(panel, model, TYPES, a=1, progress=False)
+    assert panel.uns["langcell"]["genes"] == 70
+    assert "var_names" in panel.uns["langcell"]["naming"]
+
+
 def test_a_sure_cell_is_rolled_up_to_its_own_type(model: Pretrained, cells: anndata.AnnData) -> None:
     """At the defaults, whose logits2 is nearly flat: a T cell of one of two kinds, and a sure B cell."""
     names = ["CD4-positive, alpha-beta T cell", "CD8-positive, alpha-beta T cell", "B cell", "neuron"]
@@ -231,6 +272,8 @@ def test_a_classifier_is_no_annotator(model: Pretrained, cells: anndata.AnnData)
     drifted = Pretrained(**{**vars_of(model), "config": stated})
     with pytest.raises(InputError, match=r"fine-tuned for classification of cell_type.*langcell\.predict"):
         langcell.annotate(cells, drifted, TYPES)
+    with pytest.raises(InputError, match="have left the space of the texts"):
+        langcell.embed(cells, drifted)
     stated["finetuned"] = {"kind": "few_shot", "target": "cell_type"}
     langcell.annotate(cells, Pretrained(**{**vars_of(model), "config": stated}), TYPES, a=1)
     assert np.isnan(cells.obs["langcell_logits2"]).all()

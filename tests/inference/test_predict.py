@@ -15,7 +15,7 @@ import torch
 from langcell.batch import Packed
 from langcell.census.demo import demo_adata
 from langcell.errors import InputError
-from langcell.inference.annotate import counts_of
+from langcell.inference.annotate import COLUMNS, counts_of
 from langcell.inference.measures import multilabel_measures, regression_measures
 from langcell.inference.predict import FineTuned, Head, outputs, predict, states
 from langcell.inference.pretrained import Pretrained
@@ -86,6 +86,12 @@ def test_a_number_is_told_in_its_own_unit(export: Path, cells: anndata.AnnData) 
     z = outputs(model.classifier, counts_of(cells, model.base).sentences(0, 9), 10_000)[:, 0]
     expected = np.where(np.arange(9) == 3, np.nan, z.numpy() * 10 + 40)
     np.testing.assert_allclose(table["langcell_age"], expected, rtol=1e-4)
+
+
+def test_an_annotation_and_a_prediction_share_no_column(cells: anndata.AnnData) -> None:
+    table = Head("label", "classification", CLASSES).columns(torch.eye(3))
+    assert list(table) == ["langcell_predicted_label", "langcell_predicted_label_probability"]
+    assert not {f"langcell_{name}" for name in COLUMNS} & set(table)
 
 
 def test_several_labels_are_joined() -> None:

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -131,6 +132,11 @@ def test_what_belongs_to_other_weights_is_refused(released: Path, tmp_path: Path
 def test_a_model_that_pools_by_mean_and_a_full_folder_are_refused(export: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="text_pooling cls"):
         _convert(ConvertOptions(str(export), layout="official"), tmp_path / "run")
+    model = Pretrained.from_pretrained(export, "cpu")
+    stated = {"finetuned": {"kind": "classification", "target": "type"}}
+    replace(model, config=model.config | stated).save_pretrained(tmp_path / "ce")
+    with pytest.raises(InputError, match="was fine-tuned for classification of type"):
+        _convert(ConvertOptions(str(tmp_path / "ce")), tmp_path / "run")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "thesis.tex").touch()
     with pytest.raises(InputError, match="not empty"):

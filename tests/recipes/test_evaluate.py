@@ -12,6 +12,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import scipy.sparse as sp
+from transformers import BertConfig
 
 from langcell.census.demo import demo_adata
 from langcell.config import parse_tree
@@ -25,7 +26,7 @@ from langcell.recipes.benchmarks.data import read_cohort
 from langcell.recipes.benchmarks.few_shot import few_shot
 from langcell.recipes.benchmarks.methods import Methods
 from langcell.recipes.evaluate import EvaluateConfig, _Parts
-from langcell.recipes.options import EvaluateOptions
+from langcell.recipes.options import EvaluateOptions, PlaceOptions
 from tests.recipes.making import ROOT
 
 PRESET = ROOT / "jobs" / "configs" / "evaluate.yaml"
@@ -127,6 +128,54 @@ def test_test_cells_of_types_that_no_cell_teaches_are_left_out(
     assert reason.startswith("evaluate.split: every training cell is")
 
 
+def test_a_start_that_does_not_fit_is_said_before_any_part(
+    study: Path, model: Pretrained, tmp_path: Path
+) -> None:
+    cohort = read_cohort(_asked(study), model)
+    config = EvaluateConfig(evaluate=_asked(study, parts=["few_shot"], geneformer=str(tmp_path)))
+    with pytest.raises(InputError, match=r"evaluate\.geneformer: no model configuration at"):
+        _Parts(config, model, cohort, tmp_path)
+    of_another = BertConfig(
+        vocab_size=model.vocabulary.size, hidden_size=64, num_hidden_layers=1, num_attention_heads=4
+    )
+    of_another.save_pretrained(tmp_path)
+    with pytest.raises(InputError, match=r"evaluate\.geneformer: .* has hidden_size 64, the model 32"):
+        _Parts(config, model, cohort, tmp_path)
+
+
+def test_a_part_that_fails_costs_none_before_it(
+    study: Path, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: _Parts) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(_Parts, "clustering", fail)
+    config = EvaluateConfig(
+        run=PlaceOptions(dir=str(tmp_path)),
+        evaluate=_asked(study, model=str(export), parts=["retrieval", "clustering"]),
+    )
+    with pytest.raises(OSError, match="no space left"):
+        evaluate.run(config)
+    assert json.loads((tmp_path / "summary.json").read_text())["retrieval"]["cell_to_text"]["queries"] == 34
+    assert "## Retrieval" in (tmp_path / "tables.md").read_text()
+
+
+def test_cells_of_a_column_that_says_val_are_counted(study: Path, model: Pretrained, tmp_path: Path) -> None:
+    cohort = read_cohort(_asked(study), model)
+    cohort.obs["part"] = np.resize(["Train", "Test", "Val"], len(cohort.obs))
+    config = EvaluateConfig(evaluate=_asked(study, split="part", parts=["finetuning"]))
+    found = _Parts(config, model, cohort, tmp_path).split
+    assert found.left_out["obs['part'] says val"] == 34 - len(found.train) - len(found.test) == 12
+
+
+def test_a_fine_tuned_model_is_not_evaluated_where_it_may_have_learnt(
+    demo_corpus: Path, model: Pretrained
+) -> None:
+    tuned = replace(model, config={**model.config, "finetuned": {"kind": "few_shot", "target": "t"}})
+    with pytest.raises(InputError, match=r"evaluate\.corpus: tiny was fine-tuned after"):
+        read_cohort(EvaluateOptions(corpus=str(demo_corpus)), tuned)
+
+
 def test_a_sample_is_seeded_and_said(study: Path, model: Pretrained) -> None:
     one, again, other = (read_cohort(_asked(study, max_cells=10, seed=s), model) for s in (0, 0, 1))
     assert one.about["cells"] == len(one.obs) == 10
@@ -176,7 +225,9 @@ def test_what_is_wrong_is_named(
         ("--evaluate.shots=[5,1]", "evaluate.shots"),
         ("--evaluate.recall=[0]", "evaluate.recall"),
         ("--evaluate.facets={cell_type: x}", "evaluate.label"),
-        ("--evaluate.pathway_columns=[x]", "give one of them"),
+        ("--evaluate.pathway_columns=[x]", r"give one of them \(--evaluate.pathways null"),
+        ("--fit.seed=1", "fit.seed: the seeds of an evaluation are evaluate.seed"),
+        ("--evaluate.parts=[]", "evaluate.parts: none is asked for"),
     ],
 )
 def test_options_that_contradict_are_refused_before_anything_is_read(option: str, message: str) -> None:

@@ -18,6 +18,7 @@ import langcell
 from langcell.census.demo import demo_adata
 from langcell.errors import InputError
 from langcell.inference.embed import tokenize
+from langcell.inference.options import AnnotateOptions
 from langcell.inference.predict import FineTuned, predict
 from langcell.inference.pretrained import Pretrained
 from langcell.recipes.finetune import FinetuneConfig, run
@@ -132,6 +133,15 @@ def test_a_column_may_hold_the_split() -> None:
         split(labels, "no")
 
 
+def test_the_parts_of_a_column_may_be_written_in_any_capitals() -> None:
+    labels = read_labels(OBS, ["type"], "classification")
+    words = {"train": "Train", "val": "Validation", "test": " TEST"}
+    obs = OBS.assign(split=[words.get(part, part) for part in OBS["split"]])
+    found = split_cells(labels, obs, "split", test_share=0.2, val_share=0.1, seed=0, option="x.by")
+    assert (found.train.tolist(), found.val.tolist(), found.test.tolist()) == (list(range(5)), [5, 6], [7, 8])
+    assert found.left_out == {"obs['split'] names no part": 1}
+
+
 def test_classes_that_are_never_trained_are_left_out_and_counted() -> None:
     labels = read_labels(OBS, ["type"], "classification")
     found = replace(split(labels, "split"), train=np.array([0, 2, 4]))  # b, b, c
@@ -184,6 +194,14 @@ def test_what_the_job_cannot_do_is_said_before_it_starts(export: Path, demo: Pat
     (tmp_path / "texts.tsv").write_text("B cell\tCL:0000236\n")
     with pytest.raises(InputError, match="has no text of"):
         run(config(export, demo, out, method="few_shot", texts=str(tmp_path / "texts.tsv")))
+    names = anndata.read_h5ad(demo, backed="r").obs["cell_type"].unique()
+    (tmp_path / "same.tsv").write_text("".join(f"{name}\ta cell of the blood\n" for name in names))
+    with pytest.raises(InputError, match=r"finetune\.texts: .* have the same text \('.*a cell of the blood"):
+        run(config(export, demo, out, method="few_shot", texts=str(tmp_path / "same.tsv")))
+    with pytest.raises(InputError, match=r"finetune\.symbols: nowhere\.tsv"):
+        run(config(export, demo, out, symbols="nowhere.tsv"))
+    with pytest.raises(InputError, match=r"score\.min_score is of annotating"):
+        run(replace(config(export, demo, out), score=AnnotateOptions(min_score=0.3)))
     with pytest.raises(InputError, match="is a URI"):
         run(replace(config(export, demo, out), run=PlaceOptions(dir="s3://bucket/run")))
     assert not out.exists()
@@ -217,6 +235,8 @@ def test_shots_and_empty_cells(export: Path, demo: Path, tmp_path: Path) -> None
     assert np.bincount(study.labels.value[study.split.train]).tolist() == [3] * 4
     again = read_study(FinetuneOptions(data=str(tmp_path / "cells.h5ad")), model, seed=0)
     assert again.split.test.tolist() == study.split.test.tolist(), "shots leave the test cells alone"
+    assert len(again.split.val)
+    assert not len(study.split.val), "no label is seen beside the shots"
 
 
 @pytest.mark.slow

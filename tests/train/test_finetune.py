@@ -13,7 +13,7 @@ from torch import Tensor
 
 from langcell.batch import Packed
 from langcell.bench.ranks import run_ranks
-from langcell.errors import InputError
+from langcell.errors import InputError, RunError
 from langcell.train.finetune import Examples, Task, fit
 from langcell.train.fitting import classifier_task, few_shot_task, fit_classifier, fit_few_shot
 from langcell.train.options import FitOptions
@@ -167,6 +167,15 @@ def test_the_best_epoch_by_validation_is_kept(tmp_path: Path) -> None:
         assert torch.equal(p, weights[name]), name
     kept = sorted(path.name for path in tmp_path.iterdir())
     assert kept == [f"epoch-{best + 1:04d}.safetensors", "epoch-0004.safetensors"]
+
+
+def test_a_loss_that_is_no_number_ends_it_and_is_not_kept(tmp_path: Path) -> None:
+    task = replace(classifying(), folder=tmp_path, fingerprint="a")
+    with torch.no_grad():
+        next(task.module.parameters()).fill_(torch.nan)
+    with pytest.raises(RunError, match=r"epoch 1: the loss is nan.*lower fit\.lr"):
+        fit(task, CPU)
+    assert not list(tmp_path.iterdir())
 
 
 def test_without_validation_the_last_epoch_is_kept() -> None:

@@ -166,6 +166,12 @@ def _unseen(obs: pd.DataFrame, corpus: str, model: Pretrained) -> np.ndarray:
             f"evaluate.corpus: obs has no column {JOINID}, by which the cells of {corpus} are known. Leave "
             "the option out for cells that the corpus does not hold"
         )
+    if "finetuned" in model.config:
+        raise InputError(
+            f"evaluate.corpus: {model.name} was fine-tuned after it was trained on {corpus}, and on which "
+            "cells its files do not say. Evaluate it on a file that it has not seen (evaluate.data), without "
+            "a corpus"
+        )
     manifest = Manifest.read(corpus)
     stated = model.config.get("corpus_hash", manifest.hash)
     if stated != manifest.hash:

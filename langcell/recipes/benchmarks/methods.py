@@ -42,24 +42,18 @@ class Methods:
 
     def of_labels(self, class_N: np.ndarray) -> dict[str, Predict]:
         """Those that need labels alone. class_N: int64, class of each cell that is shown or asked."""
-        other, start = (
-            ("random_init", "random")
-            if self.asked.geneformer is None
-            else (
-                "geneformer",
-                self.asked.geneformer,
-            )
-        )
-
-        def exchanged(seed: int) -> LangCell:
-            return started(self.model.model, start, seed)
-
+        other = "random_init" if self.asked.geneformer is None else "geneformer"
         return {
             "langcell_ce": self._classifier(class_N, lambda seed: self.model.model),
-            other: self._classifier(class_N, exchanged),
+            other: self._classifier(class_N, self.exchanged),
             "logistic_regression": self._regression(class_N),
             "prototypes": self._prototypes(class_N),
         }
+
+    def exchanged(self, seed: int) -> LangCell:
+        """The model with a cell encoder that never read its corpus. Raises InputError where
+        evaluate.geneformer does not fit."""
+        return started(self.model.model, self.asked.geneformer or "random", seed, "evaluate.geneformer")
 
     def of_texts(self, class_N: np.ndarray, texts: Sequence[str]) -> dict[str, Predict]:
         """The full LangCell, which also reads the text of each class (by its number in class_N)."""
