@@ -108,4 +108,4 @@ def test_a_stopped_worker_is_named_and_replaced(straight: Straight, tiny: Tiny, 
         r"rank (\d): no progress for 10 s .*: (rank (?!\1)\d gives no sign of life: .* of step \d+, on"
         r"|rank 0 is behind or cut off)",
         said,
-    )
+    ), [line for line in said.splitlines() if "rank" in line]
