@@ -42,14 +42,15 @@ FILES_AHEAD = 16
 LAP = 256
 """Rounds that a dataset has at most."""
 REST_S = 0.02
-"""Between two looks of a stream's scheduler at its tasks (s), of which each takes a second or more."""
+"""Between two looks of a stream's scheduler at its tasks (s), one of which makes dozens of steps."""
 
 
 class Pace(ExecutionCallback):
-    """Makes a stream's scheduler rest between its steps.
+    """Makes a stream's scheduler rest between its looks.
 
-    It waits for a task to have output, and that of one which backpressure holds back is there at once. The
-    loop then takes a core, and the interpreter's lock from the step.
+    By itself it waits until some task has output, which one that backpressure holds back has all the time:
+    the loop takes a core, and the interpreter's lock from the step (of a slow consumer's process 90% of a
+    core, 13% with this).
     """
 
     def on_execution_step(self, executor: Any) -> None:

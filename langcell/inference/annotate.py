@@ -150,7 +150,7 @@ def choose(
 
 
 def warn_of_free_text(candidates: Sequence[Candidate], stacklevel: int = 2) -> None:
-    """A misspelt name is free text, too."""
+    """Warns of candidates that are free text, as a misspelt name is, too."""
     if free := [one.label for one in candidates if not one.term]:
         warnings.warn(
             "langcell: no name or id of the cell ontology, and so taken at their word, without a "
@@ -308,8 +308,8 @@ def earlier(obs: pd.DataFrame, made: Any, key: str) -> list[str]:
     if not ours and (stale or made is not None):
         there = [f"obs[{name!r}]" for name in stale] + [f"uns[{key!r}]"] * (made is not None)
         raise InputError(
-            f"key: {', '.join(there)} would be overwritten, and no record says that langcell wrote it. "
-            "Choose another key, or take it out"
+            f"{', '.join(there)} would be overwritten, and no record in uns[{key!r}] says that langcell "
+            "wrote it. Take it out, or call langcell.annotate with another key"
         )
     return stale
 

@@ -139,7 +139,7 @@ class _Parts:
         self.methods = Methods(config.evaluate, config.fit, model, cohort)
         self.seeds = range(self.asked.seed, self.asked.seed + self.asked.seeds)
         # What is wrong with a start, or with a split, is said before any part takes its time.
-        if {"finetuning", "few_shot"} & set(self.asked.parts):
+        if self.asked.geneformer is not None and {"finetuning", "few_shot"} & set(self.asked.parts):
             self.methods.exchanged(self.asked.seed)
         if {"finetuning", "pathways"} & set(self.asked.parts):
             self.labels, self.split = self._split()

@@ -78,6 +78,8 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
             raise InputError(f"score.{name} is of annotating; every test cell of a fine-tuning is answered")
     directory = Path(absolute(config.run.dir))
     model = Pretrained.from_pretrained(absolute(asked.model), device="cpu")
+    if asked.method == "few_shot":
+        model.refuse_classifier()
     study = read_study(asked, model, config.fit.seed)
     texts = _texts(asked, study.labels.head.classes, model) if asked.method == "few_shot" else []
     task = replace(_task(config, model, study, texts), folder=directory / "checkpoints")

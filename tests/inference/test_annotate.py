@@ -141,6 +141,8 @@ def test_one_cell_and_a_result_that_can_be_saved(
     assert read.obs["langcell_majority"].tolist() == read.obs["langcell_label"].tolist()
     assert read.uns["langcell"]["beta_hash"] == model.beta.hash
     assert read.uns["langcell"]["texts"][1] == "a cell that is none"
+    langcell.annotate(read, model, TYPES, a=1, progress=False)  # what a file says langcell wrote is replaced
+    assert not {"langcell_rolled_up", "langcell_majority"} & set(read.obs)
 
 
 def test_a_backed_file_gives_the_same(model: Pretrained, cells: anndata.AnnData, tmp_path: Path) -> None:
@@ -175,10 +177,10 @@ def test_texts_are_encoded_once(model: Pretrained, cells: anndata.AnnData) -> No
 
 def test_columns_of_others_are_not_overwritten(model: Pretrained, cells: anndata.AnnData) -> None:
     cells.obs["cell_id"] = cells.obs_names
-    with pytest.raises(InputError, match=r"key: obs\['cell_id'\] would be overwritten"):
+    with pytest.raises(InputError, match=r"obs\['cell_id'\] would be overwritten"):
         langcell.annotate(cells, model, TYPES, a=1, key="cell")
     cells.uns["leiden"] = {"params": {"resolution": 1}}
-    with pytest.raises(InputError, match=r"key: uns\['leiden'\] would be overwritten"):
+    with pytest.raises(InputError, match=r"uns\['leiden'\] would be overwritten"):
         langcell.annotate(cells, model, TYPES, a=1, key="leiden")
     langcell.annotate(cells, model, TYPES, a=1, key="own", progress=False)
     langcell.annotate(cells, model, TYPES, a=1, key="own", progress=False)

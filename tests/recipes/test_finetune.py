@@ -202,6 +202,11 @@ def test_what_the_job_cannot_do_is_said_before_it_starts(export: Path, demo: Pat
         run(config(export, demo, out, symbols="nowhere.tsv"))
     with pytest.raises(InputError, match=r"score\.min_score is of annotating"):
         run(replace(config(export, demo, out), score=AnnotateOptions(min_score=0.3)))
+    model = Pretrained.from_pretrained(export, "cpu")
+    stated = {"finetuned": {"kind": "classification", "target": "type"}}
+    replace(model, config=model.config | stated).save_pretrained(tmp_path / "ce")
+    with pytest.raises(InputError, match="left the space of the texts"):
+        run(config(tmp_path / "ce", demo, out, method="few_shot"))
     with pytest.raises(InputError, match="is a URI"):
         run(replace(config(export, demo, out), run=PlaceOptions(dir="s3://bucket/run")))
     assert not out.exists()
