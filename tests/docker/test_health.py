@@ -11,7 +11,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
 from pathlib import Path
 
 import psutil
@@ -20,6 +19,7 @@ from ray._common.utils import get_ray_address_file
 from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
 
 from tests.docker.reading import ROOT
+from tests.jobs.head import end, free_ports
 
 HEALTH = ROOT / "docker" / "health.py"
 PORTS = ("port", "dashboard-agent-listen-port", "metrics-export-port", "ray-client-server-port")
@@ -62,11 +62,7 @@ def test_node_that_is_gone_is_not_in_order(tmp_path: Path) -> None:
 def node() -> Iterator[tuple[subprocess.Popen[bytes], Path, int]]:
     """A head with token authentication on: its process, folder and the port of its agent."""
     directory = Path(tempfile.mkdtemp(prefix="langcell-"))  # a Unix socket's path has 107 bytes
-    with ExitStack() as held:
-        sockets = [held.enter_context(socket.socket()) for _ in PORTS]
-        for one in sockets:
-            one.bind(("127.0.0.1", 0))
-        ports = dict(zip(PORTS, (one.getsockname()[1] for one in sockets), strict=True))
+    ports = dict(zip(PORTS, free_ports(len(PORTS)), strict=True))
     command = [f"{Path(sys.executable).parent}/ray", "start", "--head", "--block", "--num-cpus=0"]
     command += ["--node-ip-address=127.0.0.1", "--disable-usage-stats", "--include-dashboard=false"]
     command += [f"--{name}={port}" for name, port in ports.items()]
@@ -74,18 +70,15 @@ def node() -> Iterator[tuple[subprocess.Popen[bytes], Path, int]]:
         "RAY_TMPDIR": str(directory),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "of-this-test-alone",
+        # SIGTERM while the node is ending for want of its raylet would wait 30 s for that raylet's end.
+        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
     with (directory / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         yield process, directory, ports["dashboard-agent-listen-port"]
     finally:
-        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-        process.terminate()
-        process.wait(30)
-        _, alive = psutil.wait_procs(family, timeout=10)
-        for one in alive:
-            one.kill()
+        end(process)
         shutil.rmtree(directory, ignore_errors=True)
 
 

@@ -131,6 +131,7 @@ def end(process: subprocess.Popen[bytes]) -> None:
         process.wait(30)
     except subprocess.TimeoutExpired:
         process.kill()
+        process.wait(10)
     _, alive = psutil.wait_procs(family, timeout=10)
     for one in alive:
         one.kill()

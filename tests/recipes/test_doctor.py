@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 
 from langcell.errors import RunError
 from langcell.recipes import doctor
-from tests.jobs.head import free_ports
+from tests.jobs.head import end, free_ports
 from tests.recipes.making import ROOT, argv, config
 from tests.s3server import ENVIRONMENT, Fault, s3_server
 
@@ -137,12 +137,12 @@ def other_node(tmp_path: Path) -> Iterator[tuple[str, Path]]:
     start += " --dashboard-agent-listen-port={} --dashboard-agent-grpc-port={}".format(*free_ports(2))
     script = f"mount -t tmpfs langcell-test {shlex.quote(str(place))} && exec {start}"
     environment = {**os.environ, "PYTHONPATH": str(shadow.parent), "RAY_TMPDIR": str(tmp_path)}
+    environment["RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"] = "0"  # nothing to drain at the end
     node = subprocess.Popen(["unshare", "--mount", "sh", "-c", script], env=environment)
     try:
         yield cluster.address, place
     finally:
-        node.terminate()
-        node.wait(30)
+        end(node)
         cluster.shutdown()
 
 
