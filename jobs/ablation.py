@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from langcell.recipes import ablation
-from langcell.recipes.entry import main
+from langcell.config import AblationConfig
+from langcell.recipes.entry import later, main
 
 if __name__ == "__main__":
-    demo = Path(__file__).parent / "configs" / "demo.yaml"
-    sys.exit(main(ablation.run, __doc__, demo, tree=ablation.AblationConfig))
+    preset = Path(__file__).parent / "configs" / "demo.yaml"
+    sys.exit(main(later("ablation:run"), __doc__, preset, tree=AblationConfig))

@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from langcell.recipes import annotate
-from langcell.recipes.entry import main
+from langcell.config import AnnotateConfig
+from langcell.recipes.entry import later, main
 
 if __name__ == "__main__":
-    default = Path(__file__).parent / "configs" / "annotate.yaml"
-    sys.exit(main(annotate.run, __doc__, default, tree=annotate.AnnotateConfig))
+    preset = Path(__file__).parent / "configs" / "annotate.yaml"
+    sys.exit(main(later("annotate:run"), __doc__, preset, tree=AnnotateConfig))

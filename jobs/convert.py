@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from langcell.recipes import convert
-from langcell.recipes.entry import main
+from langcell.config import ConvertConfig
+from langcell.recipes.entry import later, main
 
 if __name__ == "__main__":
-    default = Path(__file__).parent / "configs" / "convert.yaml"
-    sys.exit(main(convert.run, __doc__, default, tree=convert.ConvertConfig))
+    preset = Path(__file__).parent / "configs" / "convert.yaml"
+    sys.exit(main(later("convert:run"), __doc__, preset, tree=ConvertConfig))

@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from langcell.recipes import evaluate
-from langcell.recipes.entry import main
+from langcell.config import EvaluateConfig
+from langcell.recipes.entry import later, main
 
 if __name__ == "__main__":
     preset = Path(__file__).parent / "configs" / "evaluate.yaml"
-    sys.exit(main(evaluate.run, __doc__, preset, tree=evaluate.EvaluateConfig))
+    sys.exit(main(later("evaluate:run"), __doc__, preset, tree=EvaluateConfig))

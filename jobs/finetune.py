@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from langcell.recipes import finetune
-from langcell.recipes.entry import main
+from langcell.config import FinetuneConfig
+from langcell.recipes.entry import later, main
 
 if __name__ == "__main__":
-    default = Path(__file__).parent / "configs" / "finetune.yaml"
-    sys.exit(main(finetune.run, __doc__, default, tree=finetune.FinetuneConfig))
+    preset = Path(__file__).parent / "configs" / "finetune.yaml"
+    sys.exit(main(later("finetune:run"), __doc__, preset, tree=FinetuneConfig))

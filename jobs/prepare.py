@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from langcell.recipes import prepare
-from langcell.recipes.entry import main
+from langcell.recipes.entry import later, main
 
 if __name__ == "__main__":
-    sys.exit(main(prepare.run, __doc__, Path(__file__).parent / "configs" / "demo.yaml", plan=prepare.plan))
+    preset = Path(__file__).parent / "configs" / "demo.yaml"
+    sys.exit(main(later("prepare:run"), __doc__, preset, plan=later("prepare:plan")))

@@ -3,8 +3,8 @@
 import sys
 from pathlib import Path
 
-from langcell.recipes import seeds
-from langcell.recipes.entry import main
+from langcell.recipes.entry import later, main
 
 if __name__ == "__main__":
-    sys.exit(main(seeds.run, __doc__, Path(__file__).parent / "configs" / "demo.yaml"))
+    preset = Path(__file__).parent / "configs" / "demo.yaml"
+    sys.exit(main(later("seeds:run"), __doc__, preset))

@@ -1,5 +1,8 @@
 """One tree of options for every job: the rooms' dataclasses joined, read by jsonargparse.
 
+Options are plain dataclasses in files of their own, so that a tree is known, shown and checked in under a
+second, before any recipe is loaded.
+
 The order of precedence is the usual one: defaults of the dataclasses, then `--config FILE.yaml`,
 then dotted overrides (`--train.num_workers 4`). An unknown key, a wrong type or a value out of
 range is an error with the key's name before anything starts. `--help` shows every field with the
@@ -23,12 +26,21 @@ from langcell.cells.options import BetaOptions, TokenOptions
 from langcell.census.options import CensusOptions
 from langcell.corpus.options import CorpusOptions
 from langcell.errors import InputError, refuse_secrets
-from langcell.inference.options import EvalOptions
+from langcell.inference.options import AnnotateOptions, EvalOptions
 from langcell.model.options import ModelOptions
 from langcell.objective.options import TAU_RANGE, ObjectiveOptions
-from langcell.recipes.options import ExportOptions, RunOptions
+from langcell.recipes.options import (
+    AblationOptions,
+    AnnotateJobOptions,
+    ConvertOptions,
+    EvaluateOptions,
+    ExportOptions,
+    FinetuneOptions,
+    PlaceOptions,
+    RunOptions,
+)
 from langcell.text.options import TextOptions
-from langcell.train.options import TrainOptions
+from langcell.train.options import FitOptions, TrainOptions
 
 
 @dataclass
@@ -46,6 +58,50 @@ class Config:
     train: TrainOptions = field(default_factory=TrainOptions)
     eval: EvalOptions = field(default_factory=EvalOptions)
     export: ExportOptions = field(default_factory=ExportOptions)
+
+
+@dataclass
+class AnnotateConfig:
+    """Everything jobs/annotate.py can be told."""
+
+    run: PlaceOptions = field(default_factory=PlaceOptions)
+    annotate: AnnotateJobOptions = field(default_factory=AnnotateJobOptions)
+    score: AnnotateOptions = field(default_factory=AnnotateOptions)
+    census: CensusOptions = field(default_factory=CensusOptions)
+
+
+@dataclass
+class FinetuneConfig:
+    """Everything jobs/finetune.py can be told."""
+
+    run: PlaceOptions = field(default_factory=PlaceOptions)
+    finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
+    fit: FitOptions = field(default_factory=FitOptions)
+    score: AnnotateOptions = field(default_factory=AnnotateOptions)
+
+
+@dataclass
+class EvaluateConfig:
+    """Everything jobs/evaluate.py can be told."""
+
+    run: PlaceOptions = field(default_factory=PlaceOptions)
+    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
+    fit: FitOptions = field(default_factory=FitOptions)
+
+
+@dataclass
+class ConvertConfig:
+    """Everything jobs/convert.py can be told."""
+
+    run: PlaceOptions = field(default_factory=PlaceOptions)
+    convert: ConvertOptions = field(default_factory=ConvertOptions)
+
+
+@dataclass
+class AblationConfig(Config):
+    """The main job's options, and which of its parts are varied."""
+
+    ablation: AblationOptions = field(default_factory=AblationOptions)
 
 
 def parse(description: str, default: Path, argv: Sequence[str] | None = None) -> Config:

@@ -9,13 +9,18 @@ from pathlib import Path
 import pytest
 
 from langcell.census.experiment import Census
-from langcell.config import BOUNDS, Config, parse, parse_tree
+from langcell.config import (
+    BOUNDS,
+    AblationConfig,
+    AnnotateConfig,
+    Config,
+    ConvertConfig,
+    EvaluateConfig,
+    FinetuneConfig,
+    parse,
+    parse_tree,
+)
 from langcell.errors import InputError
-from langcell.recipes.ablation import AblationConfig
-from langcell.recipes.annotate import AnnotateConfig
-from langcell.recipes.convert import ConvertConfig
-from langcell.recipes.evaluate import EvaluateConfig
-from langcell.recipes.finetune import FinetuneConfig
 
 TREES: dict[str, type] = {
     "demo": Config,

@@ -11,29 +11,21 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ray import tune
 
-from langcell.config import Config
+from langcell.config import AblationConfig, Config
 from langcell.errors import InputError, RunError
 from langcell.files import write_whole
 from langcell.inference.tables import METHODS, TABLES
 from langcell.objective.options import ObjectiveOptions
-from langcell.recipes.options import AblationOptions
 from langcell.recipes.prepare import prepare_corpus
 from langcell.recipes.rundir import with_absolute_paths
 from langcell.recipes.seeds import average, run_once
 from langcell.recipes.session import connect
-
-
-@dataclass
-class AblationConfig(Config):
-    """The main job's options, and which of its parts are varied."""
-
-    ablation: AblationOptions = field(default_factory=AblationOptions)
 
 
 def vary(objective: ObjectiveOptions, variant: str) -> ObjectiveOptions:

@@ -10,7 +10,6 @@ import json
 import time
 from collections import Counter
 from contextlib import closing
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from langcell.census.options import CensusOptions
 from langcell.census.slices import Source, make_slices
 from langcell.census.source import open_source
 from langcell.census.tokenised import TokenisedFolder
+from langcell.config import AnnotateConfig
 from langcell.corpus.ledger import Ledger, SliceFaults
 from langcell.corpus.measuring import measure
 from langcell.errors import InputError
@@ -33,11 +33,10 @@ from langcell.inference import figures
 from langcell.inference.annotate import KEY, UNASSIGNED, Annotator, choose, columns, earlier, how
 from langcell.inference.candidates import read_file
 from langcell.inference.figures import JointSpace
-from langcell.inference.options import AnnotateOptions
 from langcell.inference.pretrained import Pretrained
 from langcell.recipes.annotated import AnnotatedFile
 from langcell.recipes.annotating import CensusStudy, FileStudy, Study, annotate_all
-from langcell.recipes.options import AnnotateJobOptions, PlaceOptions
+from langcell.recipes.options import AnnotateJobOptions
 from langcell.recipes.report import png
 from langcell.recipes.session import connect
 from langcell.storage import absolute
@@ -48,16 +47,6 @@ OBS = ("cell_type", "cell_type_ontology_term_id", "tissue", "disease", "dataset_
 
 PIECE_NNZ = 1_000_000
 """Most non-zeros of a slice that is annotated: some 600 cells, so that a small query has work for many."""
-
-
-@dataclass
-class AnnotateConfig:
-    """Everything jobs/annotate.py can be told."""
-
-    run: PlaceOptions = field(default_factory=PlaceOptions)
-    annotate: AnnotateJobOptions = field(default_factory=AnnotateJobOptions)
-    score: AnnotateOptions = field(default_factory=AnnotateOptions)
-    census: CensusOptions = field(default_factory=CensusOptions)
 
 
 def run(config: AnnotateConfig) -> dict[str, Any]:

@@ -8,7 +8,7 @@ ways end in `write_export`, and an export in the released layout comes back with
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,7 @@ import langcell
 from langcell.cells.beta import Beta
 from langcell.cells.symbols import GENES_OF, read_symbols
 from langcell.cells.vocabulary import Vocabulary
+from langcell.config import ConvertConfig
 from langcell.errors import InputError
 from langcell.files import write_whole
 from langcell.inference.pretrained import TYPES, Pretrained
@@ -23,19 +24,11 @@ from langcell.model.interop import load_tokenizer
 from langcell.model.official import CELL_LENGTH, TAU, TEXT_LENGTH, is_official, load_official
 from langcell.recipes.card import converted_card
 from langcell.recipes.export import write_export
-from langcell.recipes.options import ConvertOptions, PlaceOptions
+from langcell.recipes.options import ConvertOptions
 from langcell.text.options import TextOptions
 
 PUBMEDBERT = "microsoft/BiomedNLP-BiomedBERT-base-uncased-abstract-fulltext"
 """PubMedBERT's present name."""
-
-
-@dataclass
-class ConvertConfig:
-    """Everything jobs/convert.py can be told."""
-
-    run: PlaceOptions = field(default_factory=PlaceOptions)
-    convert: ConvertOptions = field(default_factory=ConvertOptions)
 
 
 def run(config: ConvertConfig) -> dict[str, Any]:

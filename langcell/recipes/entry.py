@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,6 +12,19 @@ from langcell.config import Config, parse_tree
 from langcell.errors import InputError, Interrupted, RunError
 
 FAILED, INPUT_ERROR, RESUME = 1, 2, 75
+
+
+def later(name: str, **given: Any) -> Callable[[Any], Any]:
+    """The recipe `module:function` of this package, loaded when it is called: torch, DeepSpeed and
+    transformers take 10 s to import, for which neither `--help` nor a wrong key should wait.
+
+    given: what it gets beside the configuration.
+    """
+
+    def recipe(config: Any) -> Any:
+        return pkgutil.resolve_name(f"langcell.recipes.{name}")(config, **given)
+
+    return recipe
 
 
 def main(

@@ -13,13 +13,14 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from langcell.config import EvaluateConfig
 from langcell.errors import InputError
 from langcell.files import write_whole
 from langcell.inference.clustering import clustering
@@ -38,7 +39,6 @@ from langcell.recipes.benchmarks.data import Cohort, read_cohort
 from langcell.recipes.benchmarks.few_shot import all_data, few_shot
 from langcell.recipes.benchmarks.methods import Methods
 from langcell.recipes.labels import Labels, Split, split_cells
-from langcell.recipes.options import EvaluateOptions, PlaceOptions
 from langcell.recipes.report import png
 from langcell.storage import absolute
 from langcell.train.options import FitOptions
@@ -55,15 +55,6 @@ TITLES = {
 FEW_SHOT = "few_shot"
 TEST_SHARE = 0.2
 """Share of the cells that fine-tuning and pathways are tested on, where the file has no split of its own."""
-
-
-@dataclass
-class EvaluateConfig:
-    """Everything jobs/evaluate.py can be told."""
-
-    run: PlaceOptions = field(default_factory=PlaceOptions)
-    evaluate: EvaluateOptions = field(default_factory=EvaluateOptions)
-    fit: FitOptions = field(default_factory=FitOptions)
 
 
 def run(config: EvaluateConfig) -> dict[str, Any]:

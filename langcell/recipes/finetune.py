@@ -12,7 +12,7 @@ import hashlib
 import json
 import tempfile
 import time
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from ray.train import FailureConfig, LoggingConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchConfig, TorchTrainer
 from ray.train.v2.api.exceptions import TrainingFailedError
 
+from langcell.config import FinetuneConfig
 from langcell.errors import InputError, RunError
 from langcell.files import write_whole
 from langcell.inference.annotate import warn_of_free_text
@@ -41,23 +42,12 @@ from langcell.recipes.finetuned import (
     save,
 )
 from langcell.recipes.labelled import Study, read_study
-from langcell.recipes.options import FinetuneOptions, PlaceOptions
+from langcell.recipes.options import FinetuneOptions
 from langcell.recipes.session import connect
 from langcell.storage import absolute, digest_json
 from langcell.train.epochs import Epochs
 from langcell.train.finetune import Task, work
 from langcell.train.fitting import classifier_task, few_shot_task
-from langcell.train.options import FitOptions
-
-
-@dataclass
-class FinetuneConfig:
-    """Everything jobs/finetune.py can be told."""
-
-    run: PlaceOptions = field(default_factory=PlaceOptions)
-    finetune: FinetuneOptions = field(default_factory=FinetuneOptions)
-    fit: FitOptions = field(default_factory=FitOptions)
-    score: AnnotateOptions = field(default_factory=AnnotateOptions)
 
 
 def run(config: FinetuneConfig) -> dict[str, Any]:

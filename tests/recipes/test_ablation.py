@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from langcell.config import parse_tree
+from langcell.config import AblationConfig, parse_tree
 from langcell.errors import InputError
 from langcell.inference.tables import METHODS, TABLES
 from langcell.objective.options import ObjectiveOptions
 from langcell.recipes import ablation
-from langcell.recipes.ablation import AblationConfig, markdown, vary
+from langcell.recipes.ablation import markdown, vary
 from tests.small_text import small_text
 
 DEMO = Path(__file__).parents[2] / "jobs" / "configs" / "demo.yaml"

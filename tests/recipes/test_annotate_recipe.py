@@ -16,10 +16,11 @@ from scipy.sparse import csr_matrix
 import langcell
 from langcell.census.demo import demo_adata
 from langcell.census.options import CensusOptions
+from langcell.config import AnnotateConfig
 from langcell.errors import InputError
 from langcell.inference.annotate import Calls
 from langcell.inference.options import AnnotateOptions
-from langcell.recipes.annotate import AnnotateConfig, run
+from langcell.recipes.annotate import run
 from langcell.recipes.annotated import AnnotatedFile
 from langcell.recipes.options import AnnotateJobOptions, PlaceOptions
 

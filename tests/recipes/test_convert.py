@@ -15,12 +15,13 @@ import torch
 from transformers import BertConfig, BertTokenizerFast
 
 from langcell.batch import Packed
+from langcell.config import ConvertConfig
 from langcell.errors import InputError
 from langcell.inference.embed import embed_cells, embed_texts
 from langcell.inference.pretrained import Pretrained
 from langcell.model.langcell import LangCell
 from langcell.model.official import save_official
-from langcell.recipes.convert import ConvertConfig, run
+from langcell.recipes.convert import run
 from langcell.recipes.options import ConvertOptions, PlaceOptions
 
 JOB = Path(__file__).parents[2] / "jobs" / "convert.py"

@@ -15,7 +15,7 @@ import scipy.sparse as sp
 from transformers import BertConfig
 
 from langcell.census.demo import demo_adata
-from langcell.config import parse_tree
+from langcell.config import EvaluateConfig, parse_tree
 from langcell.corpus.blocks import sample_cells
 from langcell.corpus.manifest import Manifest
 from langcell.errors import InputError
@@ -25,7 +25,7 @@ from langcell.recipes.benchmarks import pathways
 from langcell.recipes.benchmarks.data import read_cohort
 from langcell.recipes.benchmarks.few_shot import few_shot
 from langcell.recipes.benchmarks.methods import Methods
-from langcell.recipes.evaluate import EvaluateConfig, _Parts
+from langcell.recipes.evaluate import _Parts
 from langcell.recipes.options import EvaluateOptions, PlaceOptions
 from tests.recipes.making import ROOT
 

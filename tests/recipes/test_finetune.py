@@ -16,12 +16,13 @@ import torch
 
 import langcell
 from langcell.census.demo import demo_adata
+from langcell.config import FinetuneConfig
 from langcell.errors import InputError
 from langcell.inference.embed import tokenize
 from langcell.inference.options import AnnotateOptions
 from langcell.inference.predict import FineTuned, predict
 from langcell.inference.pretrained import Pretrained
-from langcell.recipes.finetune import FinetuneConfig, run
+from langcell.recipes.finetune import run
 from langcell.recipes.labelled import read_study
 from langcell.recipes.labels import Labels, read_labels, split_cells
 from langcell.recipes.options import FinetuneOptions, PlaceOptions
