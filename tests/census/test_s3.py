@@ -90,6 +90,7 @@ def test_a_slice_is_read_through_failing_requests(server, task, is_the_local_one
         assert fault.times == 0 or hits() > 1
 
 
+@pytest.mark.slow
 def test_obs_and_var_are_read_through_failing_requests(server, options, demo_uri):
     with server.fault(Fault(status=500, every=2)) as hits:
         source, local = open_source(options), open_source(CensusOptions(uri=demo_uri))

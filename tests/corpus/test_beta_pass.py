@@ -100,6 +100,7 @@ for seed in range(3):
 """
 
 
+@pytest.mark.slow
 def test_one_worker_and_four_give_the_same_bits(ray_session) -> None:
     root = Path(__file__).parents[2]
     environment = {**os.environ, "PYTHONPATH": str(root)}

@@ -131,6 +131,7 @@ def test_files_go_through_failing_requests(server: S3Server, root: fs.FileSystem
     assert sizes(root, [name]) == [None]
 
 
+@pytest.mark.slow
 def test_a_write_that_hangs_is_made_again(server: S3Server, root: fs.FileSystem):
     """A part that storage does not acknowledge is dropped after 9 s, and sent again."""
     with server.fault(Fault(methods=("PUT",), hang=120, times=1)) as hits:

@@ -101,6 +101,7 @@ def test_windows_are_left_to_the_tasks(
     assert not made
 
 
+@pytest.mark.slow
 def test_its_scheduler_rests_while_nobody_takes(
     ray_session: None, corpus: tuple[str, Plan], monkeypatch: pytest.MonkeyPatch
 ) -> None:

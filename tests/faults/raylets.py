@@ -3,7 +3,8 @@
 `raylets.py RUN_DIR FOLDER OPTIONS STEP HOW`: trains as `driver.py` does; at step STEP, by HOW,
 
 - kill: a raylet under which a worker runs is killed, and with it its workers;
-- return: the same, and once the run goes on another node joins;
+- return: the same, and three steps after the run has gone on another node joins, while the worker is held: the
+  run has no more steps than a node needs seconds;
 - drain: Ray is told that such a node will be taken away, as a spot node is, and it is once a checkpoint was
   made after that;
 - head: the node of head, controller and driver is lost; the others live on, their pids are printed.
@@ -38,10 +39,10 @@ def raylet_of(node: Any) -> subprocess.Popen[bytes]:
     return process
 
 
-def trains(node: Any) -> bool:
-    """Whether a training worker runs under the node's raylet."""
+def trainers(node: Any) -> list[psutil.Process]:
+    """The training workers under the node's raylet."""
     family = psutil.Process(raylet_of(node).pid).children(recursive=True)
-    return any("RayTrainWorker" in " ".join(process.cmdline()) for process in family)
+    return [process for process in family if "RayTrainWorker" in " ".join(process.cmdline())]
 
 
 def drain(address: str, node_id: str) -> None:
@@ -84,15 +85,19 @@ def main() -> None:
                 for process in processes:
                     process.process.kill()
             os._exit(9)
-        lost = next(node for node in nodes if trains(node))
+        lost = next(node for node in nodes if trainers(node))
         if how == "drain":
             drain(cluster.address, lost.node_id)
             wait_until(lambda: newest(run) > int(step))
         raylet_of(lost).kill()
         print("a raylet is killed", flush=True)
         if how == "return":
-            wait_until(lambda: Tiny.recoveries(run))
+            (left,) = (node for node in nodes if node is not lost)
+            wait_until(lambda: Tiny.recoveries(run) and last_step(run) > Tiny.recoveries(run)[0]["step"] + 3)
+            (worker,) = trainers(left)
+            worker.suspend()
             cluster.add_node(**TRAINER)
+            worker.resume()
         trained.result()
     print("trained", flush=True)
     ray.shutdown()

@@ -140,10 +140,12 @@ def small_disk(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[str]:
         subprocess.run(["umount", str(place)], check=True)
 
 
+@pytest.mark.slow
 def test_a_disk_that_is_full(small_disk: str) -> None:
     check(run_ranks(saved, 2, FullDisk(small_disk)), "No space left on device")
 
 
+@pytest.mark.slow
 def test_a_bucket_that_refuses() -> None:
     with s3_server() as server:
         server.client.create_bucket(Bucket="runs")

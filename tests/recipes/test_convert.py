@@ -5,8 +5,6 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,9 +20,10 @@ from langcell.inference.pretrained import Pretrained
 from langcell.model.langcell import LangCell
 from langcell.model.official import save_official
 from langcell.recipes.convert import run
+from langcell.recipes.entry import INPUT_ERROR, later, main
 from langcell.recipes.options import ConvertOptions, PlaceOptions
 
-JOB = Path(__file__).parents[2] / "jobs" / "convert.py"
+PRESET = Path(__file__).parents[2] / "jobs" / "configs" / "convert.yaml"
 GENES = [f"ENSG{i:011d}" for i in range(1, 29)]
 SHAPE = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
 SENTENCES = [[30, 5, 9, 2], [30, 29]]
@@ -145,12 +144,12 @@ def test_a_model_that_pools_by_mean_and_a_full_folder_are_refused(export: Path, 
     assert (tmp_path / "full" / "thesis.tex").exists()
 
 
-def test_the_job_says_what_is_wrong(released: Path, tmp_path: Path) -> None:
+def test_the_job_says_what_is_wrong(
+    released: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     shutil.rmtree(released / "text_bert")
     asked = vars(_asked(released))
     options = [f"--convert.{name}={value}" for name, value in asked.items() if value is not None]
-    command = [sys.executable, str(JOB), f"--run.dir={tmp_path / 'run'}", *options]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 2
-    assert "text_bert" in done.stderr
-    assert "Traceback" not in done.stderr
+    options += [f"--run.dir={tmp_path / 'run'}"]
+    assert main(later("convert:run"), "", PRESET, options, tree=ConvertConfig) == INPUT_ERROR
+    assert "text_bert" in capsys.readouterr().err

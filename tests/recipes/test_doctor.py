@@ -107,6 +107,7 @@ def test_what_is_missing_refused_or_too_small(
     assert squeezed("no place in time for 64 workers of CPU 1; the cluster has CPU 4") in said
 
 
+@pytest.mark.slow
 def test_too_little_memory(
     demo_uri: str, demo_corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -338,6 +338,7 @@ def test_broken_hancestro_obo() -> None:
         Ontology.from_obo([str(path)])
 
 
+@pytest.mark.slow
 @needs_releases
 def test_cell_ontology_owl_and_release_differences() -> None:
     """Two years lie between the file and the package: most terms agree, the differences are listed."""

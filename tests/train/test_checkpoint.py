@@ -126,6 +126,7 @@ def test_the_same_ranks_go_on_to_the_last_bit(saved: tuple[str, dict[tuple[str, 
             assert torch.equal(weights[name], weight), (precision, zero, name)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ranks", [1, 3])
 def test_other_ranks_and_stages_go_on(saved: tuple[str, dict[tuple[str, int], Run]], ranks: int) -> None:
     """2 -> 1 and 2 -> 3 ranks, also from one ZeRO stage to another: the same losses to 1e-5."""
