@@ -43,13 +43,14 @@ def publish(
     table: str,
 ) -> None:
     """What a benchmark ends with: summary.json in `options.dir` (which is there), the table, and the place of
-    both; with `options.record` a record too."""
+    both; with `options.record` a record too, which does not name the folder: it is one of this machine."""
     path = Path(os.path.abspath(options.dir)) / "summary.json"
     write_whole(path, json.dumps(summary, indent=1))
     print(table, f"\nsummary  {path}", sep="\n", flush=True)
     if options.record:
         record = FOLDER / f"{name}.jsonl"
-        append_record(record, asdict(options), summary)
+        measured = {name: value for name, value in asdict(options).items() if name not in ("dir", "record")}
+        append_record(record, measured, summary)
         print(f"record   {record}", flush=True)
 
 

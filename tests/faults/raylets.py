@@ -3,8 +3,8 @@
 `raylets.py RUN_DIR FOLDER OPTIONS STEP HOW`: trains as `driver.py` does; at step STEP, by HOW,
 
 - kill: a raylet under which a worker runs is killed, and with it its workers;
-- return: the same, and three steps after the run has gone on another node joins, while the worker is held: the
-  run has no more steps than a node needs seconds;
+- return: the same, and three steps after the run has gone on another node joins, while the worker is held:
+  the run has no more steps than a node needs seconds;
 - drain: Ray is told that such a node will be taken away, as a spot node is, and it is once a checkpoint was
   made after that;
 - head: the node of head, controller and driver is lost; the others live on, their pids are printed.
