@@ -99,12 +99,7 @@ def find_genes(
     _refuse_other_capitals(namings, {*row_of, *(s for s, gene in id_of.items() if gene in row_of)}, best.n)
     if not best.n:
         _refuse_unknown(namings, row_of, beta)
-    if best.n < FEW * len(row_of):
-        warnings.warn(
-            f"langcell: the file has {best.n:,} of the model's {len(row_of):,} genes ({best.naming}): its "
-            "sentences are short, and what the model is known to reach does not hold for them",
-            stacklevel=3,
-        )
+    warn_of_few(best.n, len(row_of), f"the file ({best.naming})")
     if best.duplicated:
         warnings.warn(
             f"langcell: {best.duplicated} columns ({best.naming}) are left out of the sentences, because "
@@ -113,6 +108,16 @@ def find_genes(
             stacklevel=3,
         )
     return best
+
+
+def warn_of_few(found: int, known: int, place: str) -> None:
+    """Warn where `found` of the `known` genes of a model make a targeted panel. place: what has them."""
+    if found < FEW * known:
+        warnings.warn(
+            f"langcell: {place} has {found:,} of the model's {known:,} genes: its sentences are short, and "
+            "what the model is known to reach does not hold for them",
+            stacklevel=4,
+        )
 
 
 def _texts(var: pd.DataFrame, usual: Sequence[str]) -> dict[str, list[str]]:

@@ -54,7 +54,8 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     """Fine-tune; the summary, which also stands in summary.json of `run.dir`, beside model/ and
     predictions.parquet of the test cells.
 
-    Raises InputError for what the user can mend, RunError where the workers fail again and again.
+    Raises InputError for what the user can mend, RunError where the workers fail again and again, or the loss
+    is no number.
     """
     asked, begun = config.finetune, time.monotonic()
     if "://" in config.run.dir:
@@ -191,7 +192,7 @@ def _train(task: Task, config: FinetuneConfig) -> list[dict[str, Any]]:
                 there = ray.cluster_resources().get("GPU", 0)
                 gpus = torch.version.cuda is not None and there >= asked.num_workers
             trainer = TorchTrainer(
-                work,
+                work,  # type: ignore[arg-type]  # stubs are older
                 train_loop_config={"task": ray.put(task)},
                 torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
                 scaling_config=ScalingConfig(num_workers=asked.num_workers, use_gpu=gpus),
@@ -203,12 +204,14 @@ def _train(task: Task, config: FinetuneConfig) -> list[dict[str, Any]]:
                 ),
             )
             try:
-                trainer.fit()
+                why = trainer.fit().return_value  # type: ignore[attr-defined]  # stubs are older
             except TrainingFailedError as error:
                 raise RunError(
                     f"workers failed more than finetune.max_failures ({asked.max_failures}) times; whole "
                     f"epochs stand, the same command goes on from them. The last failure: {error}"
                 ) from error
+        if why is not None:
+            raise RunError(why)
         done = epochs.newest()
     assert done is not None
     weights, _ = epochs.read(done.best)

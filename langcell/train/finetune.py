@@ -100,7 +100,7 @@ def fit(
 
     Afterwards the module has the weights of the best epoch, in evaluation mode, and no gradients. told:
     gets each row on rank 0 when the epoch is committed. Raises InputError where the folder holds another
-    fine-tuning.
+    fine-tuning, RunError on every rank where the loss is no number.
     """
     fitting = _Fitting(task, device)
     for epoch in range(fitting.done, task.options.epochs):
@@ -111,8 +111,10 @@ def fit(
     return fitting.finish()
 
 
-def work(config: dict[str, Any]) -> None:
-    """The `train_loop_per_worker` of a fine-tuning. config: `task`, a reference to the task."""
+def work(config: dict[str, Any]) -> str | None:
+    """The `train_loop_per_worker` of a fine-tuning; why it cannot go on, where that is no fault of a node's:
+    Ray Train would start the workers of one that raises again, to the same end. config: `task`, a reference
+    to the task."""
     import ray.train.torch  # here: who fits in a process of its own needs none
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()))
@@ -121,9 +123,12 @@ def work(config: dict[str, Any]) -> None:
         val = "" if row["val_loss"] is None else f", val {row['val_loss']:.4f}"
         print(f"epoch    {row['epoch']}: loss {row['loss']:.4f}{val}, {row['seconds']:.1f} s", flush=True)
 
-    fit(
-        copy.deepcopy(ray.get(config["task"])), ray.train.torch.get_device(), told
-    )  # shared memory is read-only
+    task = copy.deepcopy(ray.get(config["task"]))  # shared memory is read-only
+    try:
+        fit(task, ray.train.torch.get_device(), told)
+    except RunError as error:
+        return str(error)
+    return None
 
 
 class _Fitting:

@@ -189,7 +189,7 @@ def test_columns_of_others_are_not_overwritten(model: Pretrained, cells: anndata
 
 def test_few_of_the_models_genes_are_said(model: Pretrained, cells: anndata.AnnData) -> None:
     panel = cells[:, :70].copy()
-    with pytest.warns(UserWarning, match=r"has 70 of the model's 765 genes \(.*\): its sentences are"):
+    with pytest.warns(UserWarning, match=r"the file \(.*\) has 70 of the model's 765 genes: its sent"):
         langcell.annotate(panel, model, TYPES, a=1, progress=False)
     assert panel.uns["langcell"]["genes"] == 70
     assert "var_names" in panel.uns["langcell"]["naming"]

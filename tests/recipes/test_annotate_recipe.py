@@ -20,6 +20,7 @@ from langcell.config import AnnotateConfig
 from langcell.errors import InputError
 from langcell.inference.annotate import Calls
 from langcell.inference.options import AnnotateOptions
+from langcell.recipes import annotate
 from langcell.recipes.annotate import run
 from langcell.recipes.annotated import AnnotatedFile
 from langcell.recipes.options import AnnotateJobOptions, PlaceOptions
@@ -140,6 +141,17 @@ def test_what_cannot_be_used_is_said_before_a_cluster_starts(export: Path, tmp_p
     with pytest.raises(InputError, match="give one of them"):
         run(_config(export, out, candidates_file="types.txt"))
     assert not list(out.glob("*"))
+
+
+def test_few_genes_of_a_census_are_warned_of(
+    ray_session: None, export: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "studies").mkdir()
+    demo_adata()[:20, :60].copy().write_h5ad(tmp_path / "studies" / "one.h5ad")
+    census = CensusOptions(uri=str(tmp_path / "studies"), filter="")
+    monkeypatch.setattr(annotate, "_annotate", lambda *_: {"cells": 0, "labels": {}})
+    with pytest.warns(UserWarning, match=r"studies has 60 of the model's 765 genes: its sentences are short"):
+        run(_config(export, tmp_path / "out", census=census))
 
 
 def _calls(first: int, n: int) -> Calls:

@@ -17,7 +17,7 @@ import torch
 import langcell
 from langcell.census.demo import demo_adata
 from langcell.config import FinetuneConfig
-from langcell.errors import InputError
+from langcell.errors import InputError, RunError
 from langcell.inference.embed import tokenize
 from langcell.inference.options import AnnotateOptions
 from langcell.inference.predict import FineTuned, predict
@@ -271,6 +271,17 @@ def test_the_job_makes_a_model_that_predicts(
     assert again["test"] == summary["test"]
     with pytest.raises(InputError, match="of other cells, options or weights"):
         run(replace(told, fit=replace(told.fit, seed=1)))
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_no_number_is_not_tried_again(
+    ray_session: None, export: Path, demo: Path, tmp_path: Path
+) -> None:
+    """Another try would end as the first: what is raised is its message, not that workers failed."""
+    fit = FitOptions(epochs=1, batch=16, lr=1e30, head_lr=1e30)
+    with pytest.raises(RunError, match=r"^epoch 1: the loss is .*; lower fit\.lr and fit\.head_lr$"):
+        run(config(export, demo, tmp_path / "out", fit, num_workers=2))
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
 
 
 @pytest.mark.slow
