@@ -43,15 +43,24 @@ def publish(
     table: str,
 ) -> None:
     """What a benchmark ends with: summary.json in `options.dir` (which is there), the table, and the place of
-    both; with `options.record` a record too, which does not name the folder: it is one of this machine."""
+    both; with `options.record` a record too."""
     path = Path(os.path.abspath(options.dir)) / "summary.json"
     write_whole(path, json.dumps(summary, indent=1))
     print(table, f"\nsummary  {path}", sep="\n", flush=True)
     if options.record:
         record = FOLDER / f"{name}.jsonl"
-        measured = {name: value for name, value in asdict(options).items() if name not in ("dir", "record")}
-        append_record(record, measured, summary)
+        append_record(record, parameters(options), summary)
         print(f"record   {record}", flush=True)
+
+
+def parameters(options: Any) -> dict[str, Any]:
+    """What was measured, without where: folders of one machine tell nothing on another, and may tell of its
+    owner. A model is named within the checkout, or by its folder alone."""
+    values = {name: value for name, value in asdict(options).items() if name not in ("dir", "record")}
+    if values.get("model") is not None:
+        model, checkout = Path(os.path.abspath(values["model"])), FOLDER.parents[1]
+        values["model"] = str(model.relative_to(checkout)) if model.is_relative_to(checkout) else model.name
+    return values
 
 
 def append_record(path: Path, parameters: dict[str, Any], figures: dict[str, Any]) -> None:

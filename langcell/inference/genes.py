@@ -32,7 +32,7 @@ _CALLED = {
 }
 """What obs or uns may call an organism, in lower case and with _ for a blank."""
 FEW = 0.1
-"""Share of the model's genes below which a file is said to have few: whole-transcriptome chemistry measures
+"""Share of the model's genes below which a study is said to have few: whole-transcriptome chemistry measures
 most of any vocabulary, a targeted panel some hundred genes."""
 _UNSAID = {"", "unknown", "na", "nan", "none"}
 
@@ -90,9 +90,7 @@ def find_genes(
     """
     texts = _texts(var, (*ID_COLUMNS, *NAME_COLUMNS))
     namings = {place: [ensembl_id(name) or name for name in names] for place, names in texts.items()}
-    token = vocabulary.tokens_of(beta.feature_id)
-    known = (token != 0) & np.isfinite(beta.beta) & (beta.beta > 0)
-    row_of = {beta.feature_id[row]: int(row) for row in np.flatnonzero(known)}
+    row_of = {beta.feature_id[row]: int(row) for row in known_genes(vocabulary, beta)}
     id_of = {**_names_of(beta), **(symbols or {})}
     found = [_find(place, names, row_of, id_of) for place, names in namings.items()]
     best = max(found, key=lambda genes: genes.n)  # the first of equals
@@ -110,8 +108,15 @@ def find_genes(
     return best
 
 
+def known_genes(vocabulary: Vocabulary, beta: Beta) -> np.ndarray:
+    """Rows of beta that a sentence can hold, ascending: genes with a token and a median."""
+    return np.flatnonzero(
+        (vocabulary.tokens_of(beta.feature_id) != 0) & np.isfinite(beta.beta) & (beta.beta > 0)
+    )
+
+
 def warn_of_few(found: int, known: int, place: str) -> None:
-    """Warn where `found` of the `known` genes of a model make a targeted panel. place: what has them."""
+    """Warn where `found` is less than `FEW` of the `known` genes of a model. place: what has them."""
     if found < FEW * known:
         warnings.warn(
             f"langcell: {place} has {found:,} of the model's {known:,} genes: its sentences are short, and "

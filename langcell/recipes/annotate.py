@@ -33,7 +33,7 @@ from langcell.inference import figures
 from langcell.inference.annotate import KEY, UNASSIGNED, Annotator, choose, columns, earlier, how
 from langcell.inference.candidates import read_file
 from langcell.inference.figures import JointSpace
-from langcell.inference.genes import warn_of_few
+from langcell.inference.genes import known_genes, warn_of_few
 from langcell.inference.pretrained import Pretrained
 from langcell.recipes.annotated import AnnotatedFile
 from langcell.recipes.annotating import CensusStudy, FileStudy, Study, annotate_all
@@ -86,7 +86,8 @@ def run(config: AnnotateConfig) -> dict[str, Any]:
             judge = _Judge(cells, config.census, query)
             found = {"genes": query.encoder(model)[1].genes}
             print(f"genes    {found['genes']:,} of {len(query.feature_id):,}", flush=True)
-            warn_of_few(found["genes"], len(model.vocabulary.gene_ids), config.census.uri or "the Census")
+            known = len(known_genes(model.vocabulary, model.beta))
+            warn_of_few(found["genes"], known, config.census.uri or "the Census")
             summary = _annotate(config, directory, place, annotator, query, source, found, judge)
     seconds = time.monotonic() - started
     summary |= {"seconds": seconds, "cells_per_s": summary["cells"] / seconds}

@@ -53,6 +53,7 @@ def main(
         print(f"error: {error}", file=sys.stderr)
         return FAILED
     except Interrupted as error:
-        print(f"stopped: {error}; the same command with --run.resume auto goes on", file=sys.stderr)
+        resuming = " with --run.resume auto" if hasattr(config.run, "resume") else ""
+        print(f"stopped: {error}; the same command{resuming} goes on", file=sys.stderr)
         return RESUME
     return 0

@@ -44,6 +44,7 @@ from langcell.recipes.finetuned import (
 from langcell.recipes.labelled import Study, read_study
 from langcell.recipes.options import FinetuneOptions
 from langcell.recipes.session import connect
+from langcell.recipes.stopping import Stopping
 from langcell.storage import absolute, digest_json
 from langcell.train.epochs import Epochs
 from langcell.train.finetune import Task, work
@@ -54,8 +55,8 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     """Fine-tune; the summary, which also stands in summary.json of `run.dir`, beside model/ and
     predictions.parquet of the test cells.
 
-    Raises InputError for what the user can mend, RunError where the workers fail again and again, or the loss
-    is no number.
+    Raises InputError for what the user can mend, RunError where the workers fail again and again or the loss
+    is no number, Interrupted by a signal.
     """
     asked, begun = config.finetune, time.monotonic()
     if "://" in config.run.dir:
@@ -186,13 +187,14 @@ def _train(task: Task, config: FinetuneConfig) -> list[dict[str, Any]]:
     if done is not None:
         print(f"resume   after {done.epochs} of {task.options.epochs} epochs", flush=True)
     if done is None or done.epochs < task.options.epochs:
+        stopping = Stopping()
         with connect(config.run), tempfile.TemporaryDirectory() as ray_dir:
             gpus = asked.gpus
             if gpus is None:
                 there = ray.cluster_resources().get("GPU", 0)
                 gpus = torch.version.cuda is not None and there >= asked.num_workers
             trainer = TorchTrainer(
-                work,  # type: ignore[arg-type]  # stubs are older
+                work,  # type: ignore[arg-type]  # it also returns something
                 train_loop_config={"task": ray.put(task)},
                 torch_config=TorchConfig(backend="nccl" if gpus else "gloo"),
                 scaling_config=ScalingConfig(num_workers=asked.num_workers, use_gpu=gpus),
@@ -204,16 +206,21 @@ def _train(task: Task, config: FinetuneConfig) -> list[dict[str, Any]]:
                 ),
             )
             try:
-                why = trainer.fit().return_value  # type: ignore[attr-defined]  # stubs are older
+                with stopping.install():
+                    result = stopping.attend(trainer.fit, lambda: False)
             except TrainingFailedError as error:
                 raise RunError(
                     f"workers failed more than finetune.max_failures ({asked.max_failures}) times; whole "
                     f"epochs stand, the same command goes on from them. The last failure: {error}"
                 ) from error
-        if why is not None:
+        if (why := result.return_value) is not None:  # type: ignore[attr-defined]  # it is V2's
             raise RunError(why)
         done = epochs.newest()
-    assert done is not None
+        if done is None or done.epochs < task.options.epochs:
+            there = f"{done.epochs if done else 0} of {task.options.epochs} epochs"
+            raise RunError(
+                f"run.dir: every node must see {task.folder}; the workers are done, it has {there}"
+            )
     weights, _ = epochs.read(done.best)
     with torch.no_grad():
         for name, parameter in task.module.named_parameters():

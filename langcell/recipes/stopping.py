@@ -1,9 +1,11 @@
 """Being told to stop: SIGTERM (a preempted node, `ray job stop`) and ctrl-C.
 
-While workers train they are given the notice, commit a checkpoint after the step they are at, and end; at any
-other time, also where workers wait for nodes, the job ends where it is, for whatever is finished is kept.
-Both end with exit code 75: the same command with `--run.resume auto` goes on. A second signal ends the job at
-once.
+While workers pretrain they are given the notice, commit a checkpoint after the step they are at, and end; at
+any other time, also where workers wait for nodes or fine-tune, the job ends where it is, for whatever is
+finished is kept. Both end with exit code 75: the same command goes on, of pretraining with
+`--run.resume auto`. A second signal ends the job at once.
+
+Ray Train's own handler would end a job of ctrl-C with exit code 0, as if it were done.
 """
 
 from __future__ import annotations
@@ -80,7 +82,7 @@ class Stopping:
             raise Interrupted(f"ended by {name}")
         self._told = True
         if not self._notify():
-            raise Interrupted(f"ended by {name}; no worker trains just now, what was committed stands")
+            raise Interrupted(f"ended by {name}, what was committed stands")
         print(
             f"{name}: a checkpoint is made after this step, then the job ends; again: it ends at once",
             flush=True,

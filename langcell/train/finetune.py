@@ -49,6 +49,10 @@ DROPOUT = 11
 """Purpose of the draws (`draws.key`)."""
 
 
+class Diverged(RunError):
+    """A loss or weights that are no numbers, which every rank finds at once: another try would end alike."""
+
+
 @dataclass(frozen=True)
 class Examples:
     """Cells with their answers. cells: N sentences, or states [N, W] where the encoder is frozen; target:
@@ -100,7 +104,7 @@ def fit(
 
     Afterwards the module has the weights of the best epoch, in evaluation mode, and no gradients. told:
     gets each row on rank 0 when the epoch is committed. Raises InputError where the folder holds another
-    fine-tuning, RunError on every rank where the loss is no number.
+    fine-tuning, Diverged where the loss, or a weight, is no number.
     """
     fitting = _Fitting(task, device)
     for epoch in range(fitting.done, task.options.epochs):
@@ -112,9 +116,8 @@ def fit(
 
 
 def work(config: dict[str, Any]) -> str | None:
-    """The `train_loop_per_worker` of a fine-tuning; why it cannot go on, where that is no fault of a node's:
-    Ray Train would start the workers of one that raises again, to the same end. config: `task`, a reference
-    to the task."""
+    """The `train_loop_per_worker` of a fine-tuning; what it says of one that diverged, which is not raised
+    because Ray Train would start the workers again. config: `task`, a reference to the task."""
     import ray.train.torch  # here: who fits in a process of its own needs none
 
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // ray.train.get_context().get_local_world_size()))
@@ -126,7 +129,7 @@ def work(config: dict[str, Any]) -> str | None:
     task = copy.deepcopy(ray.get(config["task"]))  # shared memory is read-only
     try:
         fit(task, ray.train.torch.get_device(), told)
-    except RunError as error:
+    except Diverged as error:
         return str(error)
     return None
 
@@ -167,10 +170,12 @@ class _Fitting:
             total += self._step(rows, epoch * self.steps + place)
         loss = float(sum_over_ranks(total)) / len(self.task.train)
         val_loss = self._validate()
-        if not math.isfinite(loss + (val_loss or 0.0)):
-            raise RunError(
-                f"epoch {epoch + 1}: the loss is {loss}, of the validation cells {val_loss}; lower fit.lr "
-                "and fit.head_lr"
+        sound = all(bool(parameter.isfinite().all()) for parameter in self.parameters.values())
+        if not math.isfinite(loss + (val_loss or 0.0)) or not sound:
+            raise Diverged(
+                f"epoch {epoch + 1}: the loss is {loss}, of the validation cells {val_loss}"
+                + ", and weights are no numbers" * (not sound)
+                + "; lower fit.lr and fit.head_lr, in another run.dir"
             )
         row = {
             "epoch": epoch + 1,

@@ -70,7 +70,7 @@ def node() -> Iterator[tuple[subprocess.Popen[bytes], Path, int]]:
         "RAY_TMPDIR": str(directory),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "of-this-test-alone",
-        # SIGTERM while the node is ending for want of its raylet would wait 30 s for that raylet's end.
+        # Else SIGTERM waits 30 s for the end of a raylet that is no more.
         "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
     with (directory / "log").open("w") as log:

@@ -3,8 +3,8 @@
 `raylets.py RUN_DIR FOLDER OPTIONS STEP HOW`: trains as `driver.py` does; at step STEP, by HOW,
 
 - kill: a raylet under which a worker runs is killed, and with it its workers;
-- return: the same, and three steps after the run has gone on another node joins, while the worker is held:
-  the run has no more steps than a node needs seconds;
+- return: the same, and some steps after the run has gone on another node joins, while the worker is held:
+  without that the run would be over before the node is there;
 - drain: Ray is told that such a node will be taken away, as a spot node is, and it is once a checkpoint was
   made after that;
 - head: the node of head, controller and driver is lost; the others live on, their pids are printed.
@@ -17,6 +17,7 @@ import sys
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +42,12 @@ def raylet_of(node: Any) -> subprocess.Popen[bytes]:
 
 def trainers(node: Any) -> list[psutil.Process]:
     """The training workers under the node's raylet."""
-    family = psutil.Process(raylet_of(node).pid).children(recursive=True)
-    return [process for process in family if "RayTrainWorker" in " ".join(process.cmdline())]
+    found = []
+    for process in psutil.Process(raylet_of(node).pid).children(recursive=True):
+        with suppress(psutil.NoSuchProcess):  # Ray ends idle ones
+            if "RayTrainWorker" in " ".join(process.cmdline()):
+                found.append(process)
+    return found
 
 
 def drain(address: str, node_id: str) -> None:
@@ -94,10 +99,13 @@ def main() -> None:
         if how == "return":
             (left,) = (node for node in nodes if node is not lost)
             wait_until(lambda: Tiny.recoveries(run) and last_step(run) > Tiny.recoveries(run)[0]["step"] + 3)
-            (worker,) = trainers(left)
-            worker.suspend()
-            cluster.add_node(**TRAINER)
-            worker.resume()
+            if not trained.done():
+                (worker,) = trainers(left)
+                worker.suspend()
+                try:
+                    cluster.add_node(**TRAINER)
+                finally:
+                    worker.resume()
         trained.result()
     print("trained", flush=True)
     ray.shutdown()

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -22,13 +26,16 @@ from langcell.inference.embed import tokenize
 from langcell.inference.options import AnnotateOptions
 from langcell.inference.predict import FineTuned, predict
 from langcell.inference.pretrained import Pretrained
+from langcell.recipes.entry import RESUME
 from langcell.recipes.finetune import run
 from langcell.recipes.labelled import read_study
 from langcell.recipes.labels import Labels, read_labels, split_cells
 from langcell.recipes.options import FinetuneOptions, PlaceOptions
 from langcell.train.fitting import fit_classifier
 from langcell.train.options import FitOptions
+from tests.jobs.head import ROOT, end
 
+JOB = ROOT / "jobs" / "finetune.py"
 OBS = pd.DataFrame(
     {
         "type": pd.Categorical(["b", "a", "b", "a", "c", "c", "b", "a", "c", "b"]),
@@ -274,12 +281,35 @@ def test_the_job_makes_a_model_that_predicts(
 
 
 @pytest.mark.slow
+def test_a_job_that_is_interrupted_says_so(export: Path, demo: Path, tmp_path: Path) -> None:
+    """Exit code 75 and what goes on from it: Ray Train's own handler of ctrl-C ends a job with 0."""
+    options = [f"--run.dir={tmp_path / 'out'}", "--run.ray_address=local", "--fit.epochs=1000"]
+    options += [f"--finetune.model={export}", f"--finetune.data={demo}", "--finetune.num_workers=1"]
+    with (tmp_path / "log").open("w") as log:
+        job = subprocess.Popen([sys.executable, str(JOB), *options], stdout=log, stderr=log)
+    try:
+        deadline = time.monotonic() + 120
+        while not list((tmp_path / "out").rglob("epoch-*.safetensors")) and time.monotonic() < deadline:
+            time.sleep(0.1)
+        job.send_signal(signal.SIGINT)
+        assert job.wait(60) == RESUME, (tmp_path / "log").read_text()
+    finally:
+        end(job)
+    assert (
+        (tmp_path / "log")
+        .read_text()
+        .rstrip()
+        .endswith("what was committed stands; the same command goes on")
+    )
+
+
+@pytest.mark.slow
 def test_a_loss_that_is_no_number_is_not_tried_again(
     ray_session: None, export: Path, demo: Path, tmp_path: Path
 ) -> None:
     """Another try would end as the first: what is raised is its message, not that workers failed."""
     fit = FitOptions(epochs=1, batch=16, lr=1e30, head_lr=1e30)
-    with pytest.raises(RunError, match=r"^epoch 1: the loss is .*; lower fit\.lr and fit\.head_lr$"):
+    with pytest.raises(RunError, match=r"^epoch 1: the loss is .*; lower fit\.lr and fit\.head_lr"):
         run(config(export, demo, tmp_path / "out", fit, num_workers=2))
     assert not list((tmp_path / "out").rglob("*.safetensors"))
 

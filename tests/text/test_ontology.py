@@ -358,7 +358,7 @@ def test_cell_ontology_owl_and_release_differences() -> None:
 
 
 @needs_releases
-@pytest.mark.slow  # a second reading of the OWL file: 13 s with the first
+@pytest.mark.slow
 def test_cell_ontology_ancestors_are_is_a_ancestors() -> None:
     """Against pronto's is_a closure: part_of adds `cell` to eight parts of cells, nothing to a cell type."""
     parsed = cell_ontology()
