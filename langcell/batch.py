@@ -35,7 +35,10 @@ class Packed:
 
     @classmethod
     def from_offsets(cls, tokens: np.ndarray, offsets: np.ndarray) -> Packed:
-        """From one flat array of tokens and its B + 1 offsets (any integer types)."""
+        """From one flat array of tokens and its B + 1 offsets (any integer types). Raises OverflowError for
+        more tokens than an int32 counts."""
+        if offsets[-1] > np.iinfo(np.int32).max:
+            raise OverflowError(f"{offsets[-1]:,} tokens are too many for one batch")
         lengths_B = np.diff(offsets)
         return cls(
             # Copies: a view of Arrow's memory is read-only, which PyTorch cannot promise to keep.

@@ -1,8 +1,11 @@
-"""Local files that are whole or absent."""
+"""Local files and folders that are whole or absent."""
 
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -18,3 +21,24 @@ def write_whole(path: Path, content: bytes | str) -> None:
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+
+
+@contextmanager
+def whole_folder(directory: Path) -> Iterator[Path]:
+    """Where to write a folder (a name that nothing has), which is then moved into place; an existing one is
+    replaced.
+
+    Where the block fails, nothing new is left. Raises whatever the block does.
+    """
+    temporary, old = (directory.with_name(directory.name + end) for end in (".tmp", ".old"))
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        yield temporary
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+    if directory.exists():
+        os.replace(directory, old)
+    os.replace(temporary, directory)
+    shutil.rmtree(old, ignore_errors=True)

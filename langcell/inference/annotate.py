@@ -87,7 +87,8 @@ class Annotator:
             cells,
             self.texts,
             tau=self.model.tau,
-            a=options.a if options.a < 1 else None,  # what would weigh nothing costs nothing
+            # What would weigh nothing, or has nothing to choose from, costs nothing.
+            a=options.a if options.a < 1 and options.top_k > 1 else None,
             top_k=options.top_k,
             batch_tokens=options.batch_tokens,
             z_KP=self.z_CP,
@@ -100,7 +101,7 @@ class Annotator:
         order_NC = np.argsort(-ranked_NC, axis=1, kind="stable")
         best, second = order_NC[:, 0], order_NC[:, 1]
         # Of all candidates, the pruned ones with their contrast alone: rows sum to 1.
-        share_NC = options.a * ct_NC + (1 - options.a) * match_NC if options.a < 1 else ct_NC
+        share_NC = ct_NC if scores.match_NC is None else options.a * ct_NC + (1 - options.a) * match_NC
         score = share_NC[rows, best]
         silent = cells.lengths_B.cpu().numpy() < 2  # <cls> alone
         unsure = silent | (score < options.min_score)
@@ -141,11 +142,12 @@ def choose(
         return found
     known = [model.ontology.get(term) for term in model.known_types(tissue)]
     if len(known) < 2:
-        raise InputError(
-            f"candidates: {model.name} does not say what cell types it was trained on"
-            + " there" * bool(tissue)
-            + "; name the candidates"
+        says = (
+            f"was trained on {', '.join(term.label for term in known if term)} alone"
+            if known
+            else "does not say what cell types it was trained on"
         )
+        raise InputError(f"candidates: {model.name} {says}{' there' * bool(tissue)}; name the candidates")
     return [of_term(term) for term in known if term is not None]
 
 

@@ -32,14 +32,15 @@ def read_candidates(given: Iterable[str] | Mapping[str, str], ontology: Ontology
     """Candidates in the order given.
 
     given: names, CL ids and descriptions; or label -> any of these, where cells shall be called by labels of
-    one's own. Raises InputError for an id that the ontology does not know, one label or term given twice, and
-    fewer than two candidates.
+    one's own. Raises InputError for a blank text, an id that the ontology does not know, one label or term
+    given twice, and fewer than two candidates.
     """
     pairs = list(given.items()) if isinstance(given, Mapping) else [(None, text) for text in given]
-    for _, text in pairs:
-        if not isinstance(text, str):
-            raise InputError(f"candidates: {text!r} is no text; give names, CL ids or descriptions")
-    found = [_candidate(label, text.strip(), ontology) for label, text in pairs if text.strip()]
+    for label, text in pairs:
+        if not isinstance(text, str) or not text.strip():
+            of = "" if label is None else f" of {label!r}"
+            raise InputError(f"candidates: {text!r}{of} is no text; give names, CL ids or descriptions")
+    found = [_candidate(label, text.strip(), ontology) for label, text in pairs]
     if len(found) < 2:
         raise InputError(f"candidates: {len(found)} given; a choice needs two at least")
     for what in ("label", "term"):
@@ -59,11 +60,15 @@ def read_file(path: str | Path) -> dict[str, str] | list[str]:
         lines = Path(path).read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"candidates: {path} cannot be read: {error}") from error
-    rows = [line.split("\t") for line in lines if line.strip() and not line.startswith("#")]
+    rows = [
+        [part.strip() for part in line.split("\t")]
+        for line in lines
+        if line.strip() and not line.startswith("#")
+    ]
     if rows and all(len(row) == 2 for row in rows):
         if len({row[0] for row in rows}) < len(rows):
             raise InputError(f"candidates: {path} has a label twice")
-        return {label.strip(): text for label, text in rows}
+        return dict(rows)
     if any(len(row) > 1 for row in rows):
         raise InputError(
             f"candidates: {path}: every line has one column, or every line two (label, candidate)"

@@ -36,19 +36,22 @@ def regression_measures(truth_N: np.ndarray, predicted_N: np.ndarray) -> Measure
 def multilabel_measures(truth_NL: np.ndarray, p_NL: np.ndarray) -> Measures:
     """Macro and micro F1 (at probability 0.5), mean average precision and mean AUROC.
 
-    The last two are over the labels that some of these cells have and others have not; None where there is no
+    F1 is that of having a label, also where there is one alone, of which scikit-learn makes two classes. The
+    last two are over the labels that some of these cells have and others have not; None where there is no
     such label.
     """
     answer_NL = p_NL >= 0.5
     mixed = np.flatnonzero((truth_NL.min(0) == 0) & (truth_NL.max(0) == 1))
+
+    f1_L = [f1_score(truth_NL[:, i], answer_NL[:, i], zero_division=0) for i in range(truth_NL.shape[1])]
 
     def mean(score: object) -> float | None:
         each = [score(truth_NL[:, i], p_NL[:, i]) for i in mixed]  # type: ignore[operator]
         return float(np.mean(each)) if each else None
 
     return {
-        "macro_f1": float(f1_score(truth_NL, answer_NL, average="macro", zero_division=0)),
-        "micro_f1": float(f1_score(truth_NL, answer_NL, average="micro", zero_division=0)),
+        "macro_f1": float(np.mean(f1_L)),
+        "micro_f1": float(f1_score(truth_NL.ravel(), answer_NL.ravel(), zero_division=0)),
         "average_precision": mean(average_precision_score),
         "auroc": mean(roc_auc_score),
     }

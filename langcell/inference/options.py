@@ -28,7 +28,7 @@ class AnnotateOptions:
     """How candidates are scored, and when a cell is left unassigned."""
 
     top_k: int = 5
-    """Candidates of a cell that the matching encoder scores (count)."""
+    """Candidates of a cell that the matching encoder scores (count). 1: contrast alone decides, as with `a` 1."""
     a: float = 0.1
     """Weight of the contrastive logits among these; 1 - a goes to the matching logits (0 to 1). 0.1: the released code; 0.5: their plain sum; 1: contrast alone decides, nothing is matched, which is faster by far (on a laptop hundreds of cells a second instead of five)."""
     min_score: float = 0.0

@@ -93,7 +93,9 @@ class AnnotatedFile:
         kept = self.obs.drop(columns=[name for name in written if name in self.obs])
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            write_elem(self._file, "obs", pd.concat([kept, table], axis=1))
+            # A file whose obs has such columns was written so by somebody: it is written so again.
+            with anndata.settings.override(allow_write_nullable_strings=True):
+                write_elem(self._file, "obs", pd.concat([kept, table], axis=1))
             if "uns" not in self._file:
                 write_elem(self._file, "uns", {})
             write_elem(self._file["uns"], key, dict(how))

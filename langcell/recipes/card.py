@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from huggingface_hub import ModelCard
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from langcell.config import Config
@@ -116,26 +117,54 @@ def converted_card(model: Pretrained, source: str) -> str:
     )
 
 
+def tuned_card(base: Pretrained, how: str, *, classifies: bool) -> str:
+    """The card (Markdown) of a fine-tuned model: its own part, then the card of the model that it comes of,
+    whose figures are no longer in the front matter.
+
+    how: method, cells and measures, in words; classifies: whether it is a LangCell-CE.
+    """
+    given = ModelCard(base.card, ignore_metadata_errors=True)
+    front = {name: value for name, value in given.data.to_dict().items() if name != "model-index"}
+    return (
+        _environment()
+        .get_template("tuned.md.jinja")
+        .render(
+            front=yaml.safe_dump(front or {"library_name": "langcell"}, sort_keys=False),
+            name=base.name,
+            how=how,
+            classifies=classifies,
+            given=given.text.strip(),
+        )
+    )
+
+
 def _render(model: Pretrained, *, front: dict[str, Any], **facts: Any) -> str:
-    environment = Environment(
+    about = {"library_name": "langcell", "language": "en", "tags": TAGS}
+    return (
+        _environment()
+        .get_template("card.md.jinja")
+        .render(
+            front=yaml.safe_dump({**about, **front}, sort_keys=False),
+            organism=model.organism,
+            genes=len(model.vocabulary.gene_ids),
+            vocabulary_hash=model.vocabulary.hash,
+            beta_hash=model.beta.hash,
+            max_length=model.max_length,
+            text_length=model.text.max_length,
+            types=len(model.known_types()),
+            **facts,
+        )
+    )
+
+
+def _environment() -> Environment:
+    return Environment(
         loader=PackageLoader("langcell.recipes", ""),
         autoescape=False,  # Markdown
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
-    )
-    about = {"library_name": "langcell", "language": "en", "tags": TAGS}
-    return environment.get_template("card.md.jinja").render(
-        front=yaml.safe_dump({**about, **front}, sort_keys=False),
-        organism=model.organism,
-        genes=len(model.vocabulary.gene_ids),
-        vocabulary_hash=model.vocabulary.hash,
-        beta_hash=model.beta.hash,
-        max_length=model.max_length,
-        text_length=model.text.max_length,
-        types=len(model.known_types()),
-        **facts,
     )
 
 

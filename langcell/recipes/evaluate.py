@@ -129,12 +129,19 @@ class _Parts:
         self.asked, self.model, self.cohort, self.directory = config.evaluate, model, cohort, directory
         self.methods = Methods(config.evaluate, config.fit, model, cohort)
         self.seeds = range(self.asked.seed, self.asked.seed + self.asked.seeds)
+        self.unsplit = ""
+        """Why the cells cannot be split, where nobody asked for how."""
         # What is wrong with a start, or with a split, is said before any part takes its time.
         if self.asked.geneformer is not None and {"finetuning", "few_shot"} & set(self.asked.parts):
             self.methods.exchanged(self.asked.seed)
         if {"finetuning", "pathways"} & set(self.asked.parts):
-            self.labels, self.split = self._split()
-        if "pathways" in self.asked.parts:
+            try:
+                self.labels, self.split = self._split()
+            except InputError as error:
+                if self.asked.split is not None:
+                    raise
+                self.unsplit = str(error)
+        if "pathways" in self.asked.parts and not self.unsplit:
             self.pathway_labels = self._pathway_labels()
         self.types: Facet = cohort.facets["cell_type"]
 
@@ -231,6 +238,8 @@ class _Parts:
         )
 
     def finetuning(self) -> dict[str, Any]:
+        if self.unsplit:
+            return {"empty": self.unsplit}
         class_N = self.labels.value
         try:
             _, split = self.labels.learnt(self.split)  # test cells of types that no cell teaches are no test
@@ -249,23 +258,29 @@ class _Parts:
     def integration(self) -> dict[str, Any]:
         if self.asked.batch is None:
             return {"empty": "no column of batches is named (evaluate.batch)"}
-        batch_N = self.cohort.column(self.asked.batch, "batch").to_numpy(str)
-        has = self.cohort.label_N != ""
+        batches = self.cohort.column(self.asked.batch, "batch")
+        batch_N, known = batches.astype(str).to_numpy(str), batches.notna().to_numpy()
+        has = (self.cohort.label_N != "") & known
         spaces = {name: x_NP[has] for name, x_NP in self.cohort.spaces.items()}
         try:
             found = integration(spaces, self.cohort.label_N[has], batch_N[has], unintegrated="X_pca")
         except InputError as error:  # one batch, or few cells: no reason to lose the other parts
             return {"empty": str(error)}
-        return {"n": int(has.sum()), "batches": len(set(batch_N[has])), "spaces": found}
+        about = {"n": int(has.sum()), "batches": len(set(batch_N[has])), "without_batch": int((~known).sum())}
+        return {**about, "spaces": found}
 
     def clustering(self) -> dict[str, Any]:
         has = self.cohort.label_N != ""
         labels = self.cohort.label_N[has]
+        if len(set(labels)) < 2:
+            return {"empty": f"{len(set(labels))} type in obs[{self.asked.label!r}], at least two are needed"}
         spaces = {name: x_NP[has] for name, x_NP in self.cohort.spaces.items()}
         found = clustering(spaces, labels, self.seeds)
         return {"n": len(labels), "clusters": len(set(labels)), "spaces": found}
 
     def pathways(self) -> dict[str, Any]:
+        if self.unsplit:
+            return {"empty": self.unsplit}
         label_NL, about = self.pathway_labels
         if label_NL is None:
             return about

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 import pickle
-import shutil
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +19,7 @@ from langcell.config import Config
 from langcell.corpus.manifest import Manifest
 from langcell.corpus.schema import TRAIN
 from langcell.corpus.texts import Texts, read_texts
+from langcell.files import whole_folder
 from langcell.inference.pretrained import TYPES, Pretrained
 from langcell.model.interop import build_model, load_tokenizer
 from langcell.model.official import LAYOUT
@@ -106,21 +105,10 @@ def write_export(model: Pretrained, directory: Path) -> None:
     In the released layout, the dictionaries of Geneformer that the released tokenizer reads stand beside it.
     Raises InputError for a model that the layout cannot hold.
     """
-    temporary = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        model.save_pretrained(temporary)
+    with whole_folder(directory) as folder:
+        model.save_pretrained(folder)
         if model.config.get("layout") == LAYOUT:
-            _write_dictionaries(model, temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
-    old = directory.with_name(directory.name + ".old")
-    if directory.exists():
-        os.replace(directory, old)
-    os.replace(temporary, directory)
-    shutil.rmtree(old, ignore_errors=True)
+            _write_dictionaries(model, folder)
 
 
 def _write_dictionaries(model: Pretrained, directory: Path) -> None:

@@ -76,6 +76,11 @@ def run(config: FinetuneConfig) -> dict[str, Any]:
     texts = _texts(asked, study.labels.head.classes, model) if asked.method == "few_shot" else []
     task = replace(_task(config, model, study, texts), folder=directory / "checkpoints")
     task = replace(task, fingerprint=_fingerprint(task, study))
+    if (directory / "model").exists() and _epochs(task).newest() is None:
+        raise InputError(
+            f"run.dir: {directory / 'model'} is there, and no epoch of this fine-tuning beside it: it may be "
+            "another's. Choose another --run.dir, or move it"
+        )
     _say(asked, model, study)
     history = _train(task, config)
     found: FineTuned | Pretrained

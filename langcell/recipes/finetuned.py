@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +11,7 @@ import numpy as np
 import pandas as pd
 import torch
 
+from langcell.files import whole_folder
 from langcell.inference.candidates import Candidate
 from langcell.inference.measures import Measures, multilabel_measures, regression_measures
 from langcell.inference.options import AnnotateOptions
@@ -23,6 +22,7 @@ from langcell.inference.tables import measures
 from langcell.model.classifier import merge
 from langcell.objective.few_shot import FewShot
 from langcell.objective.supervised import Supervised
+from langcell.recipes.card import tuned_card
 from langcell.recipes.labelled import Study
 from langcell.recipes.labels import Labels
 
@@ -97,29 +97,22 @@ def as_stated(labels: Labels, rows: np.ndarray) -> Any:
 def save(
     found: FineTuned | Pretrained, directory: Path, summary: dict[str, Any], texts: list[Candidate]
 ) -> None:
-    """Write the model, whole or not at all."""
-    temporary = directory.with_name(directory.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    note = (
-        f"\n## Fine-tuned\n\n{summary['method']} of {summary['target']} ({summary['kind']}), on "
-        f"{summary['split']['train']} cells; {summary['split']['rule']}. On {summary['split']['test']} test "
-        f"cells: {measured(summary['test']['model'])}; the best constant answer: "
-        f"{measured(summary['test']['constant'])}.\n"
+    """Write the model, whole or not at all, with a card of its own; what stood there is replaced."""
+    how = (
+        f"{summary['method']} of {summary['target']} ({summary['kind']}), on {summary['split']['train']} "
+        f"cells; {summary['split']['rule']}. On {summary['split']['test']} test cells: "
+        f"{measured(summary['test']['model'])}; the best constant answer: "
+        f"{measured(summary['test']['constant'])}."
     )
     if isinstance(found, FineTuned):
-        note += (
-            "\nThe joint space and the matching head were not trained along: annotate with the model that it "
-            "comes of.\n"
-        )
-        found = replace(found, base=replace(found.base, card=found.base.card + note))
+        found = replace(found, base=replace(found.base, card=tuned_card(found.base, how, classifies=True)))
     else:
-        found = replace(found, card=found.card + note)
-    found.save_pretrained(temporary)
-    if texts:
-        lines = [f"{one.label}\t{one.term or one.text}\n" for one in texts]
-        (temporary / "candidates.tsv").write_text("".join(lines))
-    shutil.rmtree(directory, ignore_errors=True)
-    os.replace(temporary, directory)
+        found = replace(found, card=tuned_card(found, how, classifies=False))
+    with whole_folder(directory) as folder:
+        found.save_pretrained(folder)
+        if texts:
+            lines = [f"{one.label}\t{one.term or one.text}\n" for one in texts]
+            (folder / "candidates.tsv").write_text("".join(lines))
 
 
 def _device() -> str:

@@ -48,7 +48,10 @@ def read_study(asked: FinetuneOptions, model: Pretrained, seed: int) -> Study:
         read_labels(adata.obs, asked.target, asked.kind)  # before minutes of reading
         symbols = read_symbols(asked.symbols, "finetune.symbols") if asked.symbols else None
         counts = counts_of(adata, model, asked.layer, symbols)
-        cells = counts.sentences(0, counts.n)
+        try:
+            cells = counts.sentences(0, counts.n)
+        except OverflowError as error:
+            raise InputError(f"finetune.data: {error}; take a part of the {counts.n:,} cells") from error
         speaking = np.flatnonzero(~counts.empty_N)
         obs = adata.obs.iloc[speaking]
     finally:

@@ -93,7 +93,10 @@ def read_labels(obs: pd.DataFrame, columns: Sequence[str], kind: Kind) -> Labels
             raise InputError(
                 f"finetune.target: obs has no column {name!r}; it has: {', '.join(map(str, obs))}"
             )
-        missing = np.flatnonzero(obs[name].isna())
+        missing_N = obs[name].isna().to_numpy()
+        if kind == "classification":
+            missing_N = missing_N | (obs[name].astype(str).str.strip() == "").to_numpy()
+        missing = np.flatnonzero(missing_N)
         if len(missing):
             raise InputError(
                 f"finetune.target: {len(missing)} of {len(obs)} cells have no value in obs[{name!r}] (first: "
@@ -195,8 +198,9 @@ def split_cells(
 
     by: None, so much of the cells (of each class) at random; a column whose values are the parts themselves,
     train, test and maybe val (in any capitals, or `SAID`; cells of other values take no part); or one whose
-    groups stay together.
-    option: what errors call `by`. Raises InputError where training or test would have no cell.
+    groups stay together (a cell without one takes no part).
+    option: what errors call `by`. Raises InputError where training or test would have no cell, and for a
+    column that names some of the parts.
     """
     if by is None:
         part_N, rule = _at_random(labels, test_share, val_share, seed)
@@ -206,11 +210,19 @@ def split_cells(
         group_N = obs[by].astype(str).to_numpy(str)
         words = {group: group.strip().casefold() for group in np.unique(group_N).tolist()}
         part_of = {group: SAID.get(word, word) for group, word in words.items()}
-        if {"train", "test"} <= set(part_of.values()):
+        parts = set(part_of.values()) & set(PARTS)
+        if {"train", "test"} <= parts:
             part_N = np.array([part_of[group] for group in group_N.tolist()])
             rule = f"as obs[{by!r}] says"
+        elif parts:
+            raise InputError(
+                f"{option}: obs[{by!r}] holds {', '.join(map(repr, list(words)[:10]))}; parts are called "
+                "train, test and maybe val, groups by none of these words"
+            )
         else:
-            part_N, rule = _by_group(group_N, by, test_share, val_share, seed, option)
+            has = obs[by].notna().to_numpy()
+            part_N = np.full(len(obs), "", object)
+            part_N[has], rule = _by_group(group_N[has], by, test_share, val_share, seed, option)
     train, val, test = (np.flatnonzero(part_N == part) for part in PARTS)
     for part, rows in (("train", train), ("test", test)):
         if not len(rows):

@@ -102,6 +102,10 @@ def test_without_candidates_the_types_of_the_training_are_asked_for(
     unknown = Pretrained(**{**vars_of(model), "types": model.types.slice(0, 0)})
     with pytest.raises(InputError, match="tiny does not say what cell types it was trained on; name"):
         choose(unknown, None, ())
+    alone = Pretrained(**{**vars_of(model), "types": model.types.slice(0, 1)})
+    label = model.types["label"][0].as_py()
+    with pytest.raises(InputError, match=f"tiny was trained on {label} alone there; name"):
+        choose(alone, None, ["blood"])
 
 
 def vars_of(model: Pretrained) -> dict[str, Any]:
@@ -125,6 +129,14 @@ def test_unsure_and_silent_cells_are_unassigned(model: Pretrained, cells: anndat
     assert ((cells.obs["strict_score"] < bar + 1e-6) == (cells.obs["strict_label"] == "unassigned")).all()
     assert 6 <= (cells.obs["strict_label"] == "unassigned").sum() < 12
     assert (cells.obs["strict_runner_up"] == "unassigned").sum() == 1, "a runner-up is no call"
+
+
+def test_one_matched_candidate_decides_nothing(model: Pretrained, cells: anndata.AnnData) -> None:
+    """A softmax over one is 1, which would pass for a sure answer."""
+    contrast = cells.copy()
+    langcell.annotate(contrast, model, TYPES, a=1.0, min_score=0.3, progress=False)
+    langcell.annotate(cells, model, TYPES, top_k=1, min_score=0.3, progress=False)
+    pd.testing.assert_frame_equal(cells.obs, contrast.obs)
 
 
 def test_one_cell_and_a_result_that_can_be_saved(

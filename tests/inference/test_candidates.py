@@ -46,7 +46,8 @@ def test_free_text_is_taken_at_its_word(ontology: Ontology) -> None:
         (["UBERON:0000178", "B cell"], "UBERON:0000178 is not a term of the cell ontology"),
         (["B cell", "CL:0000236"], r"B cell \(B cell\) stands twice"),
         ({"one": "B cell", "two": "CL:0000236"}, r"two \(CL:0000236\) stands twice"),
-        ({"one": "B cell", "two": "   "}, "1 given"),
+        ({"one": "B cell", "two": "   ", "three": "neuron"}, "'   ' of 'two' is no text"),
+        (["B cell", "", "neuron"], "'' is no text"),
     ],
 )
 def test_what_is_no_choice_is_refused(ontology: Ontology, given: object, message: str) -> None:
@@ -73,7 +74,7 @@ def test_files_have_one_column_or_two(tmp_path: Path) -> None:
     file.write_text("B\tCL:0000236\nneuron\n")
     with pytest.raises(InputError, match="every line two"):
         read_file(file)
-    file.write_text("B\tCL:0000236\nB\tneuron\n")
+    file.write_text("B\tCL:0000236\nB \tneuron\n")
     with pytest.raises(InputError, match="a label twice"):
         read_file(file)
     with pytest.raises(InputError, match="cannot be read"):

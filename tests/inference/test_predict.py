@@ -148,3 +148,7 @@ def test_measures_by_hand() -> None:
     assert found["micro_f1"] == pytest.approx(2 * 4 / (2 * 4 + 1 + 2))
     assert found["macro_f1"] == pytest.approx((1 / 2 + 0 + 6 / 7) / 3)
     assert multilabel_measures(truth[:, 2:], p[:, 2:])["auroc"] is None
+    alone = multilabel_measures(truth[:, :1], p[:, :1])
+    assert (
+        alone["macro_f1"] == alone["micro_f1"] == pytest.approx(1 / 2)
+    )  # of having it; not having it is no class

@@ -1,5 +1,6 @@
 """Packed encoders against transformers' own BERT, sequence by sequence."""
 
+import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertModel
@@ -96,3 +97,8 @@ def test_select_repacks_rows_in_order() -> None:
     assert picked.max_seqlen == 4
     assert b.numel() == 1
     assert picked.position_T.tolist() == [0, 1, 2, 3, 0, 1, 2, 0, 1, 2, 3]
+
+
+def test_more_tokens_than_offsets_can_say_are_refused() -> None:
+    with pytest.raises(OverflowError, match="2,147,483,648 tokens"):
+        Packed.from_offsets(np.empty(0, np.uint16), np.array([0, 2**31]))

@@ -161,6 +161,19 @@ def _calls(first: int, n: int) -> Calls:
     return Calls(numbers, numbers, score, score, score, term, np.tile(score[:, None], 3))
 
 
+def test_columns_of_nullable_texts_are_kept(tmp_path: Path) -> None:
+    """They are written only where that is asked for, which was found out when all cells were annotated."""
+    obs = pd.DataFrame({"note": pd.array(["a", None], "string")}, index=["c0", "c1"])
+    with anndata.settings.override(allow_write_nullable_strings=True):
+        anndata.AnnData(csr_matrix((2, 3), dtype=np.float32), obs=obs).write_h5ad(tmp_path / "given.h5ad")
+    with AnnotatedFile(tmp_path / "annotated.h5ad", tmp_path / "given.h5ad", 3) as file:
+        file.put(0, _calls(0, 2))
+        file.finish(pd.DataFrame({"x": file.calls.score}), "langcell", {})
+    found = anndata.read_h5ad(tmp_path / "annotated.h5ad").obs
+    assert found["note"].isna().tolist() == [False, True]
+    assert found["x"].tolist() == [0, 1]
+
+
 def test_an_annotated_file_is_whole_or_absent(tmp_path: Path) -> None:
     obs = pd.DataFrame({"soma_joinid": range(10)}, index=[f"c{i}" for i in range(10)])
     path = tmp_path / "annotated.h5ad"

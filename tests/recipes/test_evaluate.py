@@ -128,6 +128,28 @@ def test_test_cells_of_types_that_no_cell_teaches_are_left_out(
     assert reason.startswith("evaluate.split: every training cell is")
 
 
+def test_what_these_cells_cannot_show_costs_the_other_parts_nothing(
+    study: Path, model: Pretrained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cohort = read_cohort(_asked(study), model)
+    cohort.obs["batch"] = ["one", "two", None] * 12
+    config = EvaluateConfig(evaluate=_asked(study, batch="batch"))
+    seen: list[str] = []
+    monkeypatch.setattr(evaluate, "integration", lambda spaces, label, batch, **_: seen.extend(batch) or {})
+    found = _Parts(config, model, cohort, tmp_path).integration()
+    typed = int((cohort.label_N[cohort.obs["batch"].notna()] != "").sum())
+    assert (found["n"], found["batches"], found["without_batch"]) == (typed, 2, 12)
+    assert set(seen) == {"one", "two"}
+    cohort.label_N[:] = "B cell"
+    parts = _Parts(config, model, cohort, tmp_path)
+    assert parts.clustering() == {"empty": "1 type in obs['celltype'], at least two are needed"}
+    assert parts.finetuning()["empty"].startswith("evaluate.split: every training cell is")
+    cohort.label_N[:] = ""
+    parts = _Parts(config, model, cohort, tmp_path)
+    for name in ("finetuning", "pathways"):
+        assert getattr(parts, name)()["empty"].startswith("evaluate.split: no cell to train")
+
+
 def test_a_start_that_does_not_fit_is_said_before_any_part(
     study: Path, model: Pretrained, tmp_path: Path
 ) -> None:

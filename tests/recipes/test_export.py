@@ -20,7 +20,7 @@ from langcell.corpus.texts import Texts
 from langcell.errors import InputError
 from langcell.inference.pretrained import TYPES, Pretrained
 from langcell.inference.tables import TABLES, Table
-from langcell.recipes.card import LICENCES, converted_card, trained_card
+from langcell.recipes.card import LICENCES, converted_card, trained_card, tuned_card
 from langcell.recipes.export import export, trained_types, write_export
 from langcell.recipes.pretrain import check_models
 from langcell.recipes.rundir import identity
@@ -231,3 +231,19 @@ def test_what_a_training_leaves_is_exported_with_its_types(
     assert read.known_types(["blood"]) == read.known_types()
     assert read.beta.hash == manifest.beta_hash
     assert "Not measured." in read.card
+
+
+@pytest.mark.parametrize("classifies", [True, False])
+def test_the_card_of_a_fine_tuned_model_claims_no_figure_of_its_start(
+    model: Pretrained, demo: Config, manifest: Manifest, classifies: bool
+) -> None:
+    start = trained_card(model, demo, manifest, RECORD, {name: _table(name, "") for name in TABLES})
+    base = replace(model, name="mine", card=start)
+    card = ModelCard(tuned_card(base, "few_shot of type.", classifies=classifies))
+    assert not card.data.eval_results
+    assert (card.data.license, card.data.tags) == ("mit", ModelCard(start).data.tags)
+    own, given = card.text.split("What follows is the card of the model that it comes of.")
+    assert own.strip().startswith("# mine, fine-tuned\n\nfew_shot of type.")
+    assert ("langcell.predict(" in own, "langcell.annotate(" in own) == (classifies, not classifies)
+    assert given.endswith(ModelCard(start).text.strip() + "\n")
+    assert ModelCard(tuned_card(replace(base, card=""), "x", classifies=True)).data.library_name == "langcell"

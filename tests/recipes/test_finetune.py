@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from huggingface_hub import ModelCard
 
 import langcell
 from langcell.census.demo import demo_adata
@@ -52,6 +53,9 @@ OBS = pd.DataFrame(
         "never": [0] * 10,
         "sets": ["p||q", "p", "", "q", "p || r", "q", "r", "p", "q||r", "p"],
         "words": list("abcdefghij"),
+        "blank": ["x", " ", "y"] + ["x", "y"] * 3 + ["x"],
+        "half": ["train"] * 5 + ["val"] * 3 + ["holdout"] * 2,
+        "donor_gap": ["d0", "d1", "d2", "d3", "d0", "d1", "d2", "d3", None, None],
     },
     index=[f"cell{i}" for i in range(10)],
 )
@@ -87,6 +91,7 @@ def test_classes_numbers_and_several_labels_are_read() -> None:
         (["one"], "classification", "every cell of obs\\['one'\\] is 'x'"),
         (["rare"], "classification", "classes of one cell.*: y. Take"),
         (["gap"], "classification", "1 of 10 cells have no value in obs\\['gap'\\] \\(first: cell2\\)"),
+        (["blank"], "classification", "1 of 10 cells have no value in obs\\['blank'\\] \\(first: cell1\\)"),
         (["age_gap"], "regression", "1 of 10 cells have no value in obs\\['age_gap'\\] \\(first: cell1\\)"),
         (["words"], "regression", "holds no numbers"),
         (["p"], "regression", "true and false"),
@@ -128,6 +133,9 @@ def test_groups_stay_together() -> None:
         assert not donors[2] & (donors[0] | donors[1])
         assert "groups of obs['donor'] stay together" in found.rule
     assert len(split(labels, "donor", test=0.99).train) == 2, "a group is left to train"
+    found = split(labels, "donor_gap")
+    assert sorted(np.concatenate([found.train, found.val, found.test])) == list(range(8)), "no group, no part"
+    assert found.left_out == {"obs['donor_gap'] names no part": 2}
     with pytest.raises(InputError, match="1 group; 3 at least are needed"):
         split(labels, "one")
 
@@ -137,6 +145,8 @@ def test_a_column_may_hold_the_split() -> None:
     found = split(labels, "split")
     assert (found.train.tolist(), found.val.tolist(), found.test.tolist()) == (list(range(5)), [5, 6], [7, 8])
     assert found.left_out == {"obs['split'] names no part": 1}
+    with pytest.raises(InputError, match=r"x\.by: obs\['half'\] holds 'holdout', 'train', 'val'; parts are"):
+        split(labels, "half")
     with pytest.raises(InputError, match=r"x\.by: obs has no column 'no'"):
         split(labels, "no")
 
@@ -218,6 +228,11 @@ def test_what_the_job_cannot_do_is_said_before_it_starts(export: Path, demo: Pat
     with pytest.raises(InputError, match="is a URI"):
         run(replace(config(export, demo, out), run=PlaceOptions(dir="s3://bucket/run")))
     assert not out.exists()
+    (out / "model").mkdir(parents=True)
+    (out / "model" / "thesis.tex").touch()
+    with pytest.raises(InputError, match=r"out/model is there, and no epoch of this fine-tuning beside it"):
+        run(config(export, demo, out))
+    assert [path.name for path in (out / "model").iterdir()] == ["thesis.tex"]
 
 
 def test_real_cells_are_learnt(export: Path, demo: Path) -> None:
@@ -271,7 +286,9 @@ def test_the_job_makes_a_model_that_predicts(
     assert cells.obs.loc[table.index, "cell_type"].tolist() == table["cell_type"].tolist()
     right = (table["langcell_cell_type"].astype(str) == table["cell_type"].astype(str)).mean()
     assert right == pytest.approx(summary["test"]["model"]["accuracy"])
-    assert "Fine-tuned" in (tmp_path / "out" / "model" / "README.md").read_text()
+    card = ModelCard((tmp_path / "out" / "model" / "README.md").read_text())
+    assert card.text.strip().startswith("# tiny, fine-tuned\n\nclassifier of cell_type (classification)")
+    assert 'langcell.predict(adata, "THIS FOLDER")' in card.text
     capfd.readouterr()
     again = run(told)  # everything is there
     assert "resume   after 6 of 6 epochs" in capfd.readouterr().out

@@ -114,11 +114,16 @@ def integration(result: Mapping[str, Any]) -> str:
     spaces = result["spaces"]
     first = next(iter(spaces.values()))
     rows = [[measure, *(found[measure] for found in spaces.values())] for measure in first]
-    return table(["measure", *spaces], rows) + f"\n\n{result['n']} cells, {result['batches']} batches."
+    return table(["measure", *spaces], rows) + (
+        f"\n\n{result['n']} cells, {result['batches']} batches."
+        + f" Left out, without a batch: {result['without_batch']}." * (result["without_batch"] > 0)
+    )
 
 
 def clustering(result: Mapping[str, Any]) -> str:
     """ARI and NMI by space."""
+    if "empty" in result:
+        return f"Nothing to measure: {result['empty']}."
     rows = [[name, _range(found["ari"]), _range(found["nmi"])] for name, found in result["spaces"].items()]
     return (
         table(["space", "ARI", "NMI"], rows)
