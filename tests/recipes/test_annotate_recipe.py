@@ -165,7 +165,9 @@ def test_columns_of_nullable_texts_are_kept(tmp_path: Path) -> None:
     """They are written only where that is asked for, which was found out when all cells were annotated."""
     obs = pd.DataFrame({"note": pd.array(["a", None], "string")}, index=["c0", "c1"])
     with anndata.settings.override(allow_write_nullable_strings=True):
-        anndata.AnnData(csr_matrix((2, 3), dtype=np.float32), obs=obs).write_h5ad(tmp_path / "given.h5ad")
+        anndata.AnnData(csr_matrix((2, 3), dtype=np.float32), obs=obs).write_h5ad(
+            tmp_path / "given.h5ad", convert_strings_to_categoricals=False
+        )
     with AnnotatedFile(tmp_path / "annotated.h5ad", tmp_path / "given.h5ad", 3) as file:
         file.put(0, _calls(0, 2))
         file.finish(pd.DataFrame({"x": file.calls.score}), "langcell", {})
