@@ -11,6 +11,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -19,7 +20,7 @@ from ray._common.utils import get_ray_address_file
 from ray._private.ray_constants import DEFAULT_DASHBOARD_AGENT_LISTEN_PORT
 
 from tests.docker.reading import ROOT
-from tests.jobs.head import end, free_ports
+from tests.jobs.head import free_ports
 
 HEALTH = ROOT / "docker" / "health.py"
 PORTS = ("port", "dashboard-agent-listen-port", "metrics-export-port", "ray-client-server-port")
@@ -70,15 +71,19 @@ def node() -> Iterator[tuple[subprocess.Popen[bytes], Path, int]]:
         "RAY_TMPDIR": str(directory),
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "of-this-test-alone",
-        # Else SIGTERM waits 30 s for the end of a raylet that is no more.
-        "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0",
     }
     with (directory / "log").open("w") as log:
         process = subprocess.Popen(command, env=environment, stdout=log, stderr=log)
     try:
         yield process, directory, ports["dashboard-agent-listen-port"]
     finally:
-        end(process)
+        # Ending for want of its raylet, `ray start` may hold the lock that its handler of SIGTERM takes.
+        family = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+        for one in (process, *family):
+            with suppress(psutil.NoSuchProcess):
+                one.kill()
+        process.wait(10)
+        psutil.wait_procs(family, timeout=10)
         shutil.rmtree(directory, ignore_errors=True)
 
 
