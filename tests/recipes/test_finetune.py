@@ -305,19 +305,14 @@ def test_a_job_that_is_interrupted_says_so(export: Path, demo: Path, tmp_path: P
     with (tmp_path / "log").open("w") as log:
         job = subprocess.Popen([sys.executable, str(JOB), *options], stdout=log, stderr=log)
     try:
-        deadline = time.monotonic() + 120
+        deadline = time.monotonic() + 240
         while not list((tmp_path / "out").rglob("epoch-*.safetensors")) and time.monotonic() < deadline:
             time.sleep(0.1)
         job.send_signal(signal.SIGINT)
-        assert job.wait(60) == RESUME, (tmp_path / "log").read_text()
+        assert job.wait(120) == RESUME, (tmp_path / "log").read_text()
     finally:
         end(job)
-    assert (
-        (tmp_path / "log")
-        .read_text()
-        .rstrip()
-        .endswith("what was committed stands; the same command goes on")
-    )
+    assert "what was committed stands; the same command goes on\n" in (tmp_path / "log").read_text()
 
 
 @pytest.mark.slow
