@@ -30,7 +30,8 @@ def whole_folder(directory: Path) -> Iterator[Path]:
 
     Where the block fails, nothing new is left. Raises whatever the block does.
     """
-    temporary, old = (directory.with_name(directory.name + end) for end in (".tmp", ".old"))
+    # Hidden names, for `model.old` may be a backup of somebody's.
+    temporary, old = (directory.with_name(f".{directory.name}.{end}") for end in ("tmp", "old"))
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.parent.mkdir(parents=True, exist_ok=True)
     try:
@@ -39,6 +40,7 @@ def whole_folder(directory: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
     if directory.exists():
+        shutil.rmtree(old, ignore_errors=True)  # left by a process that was killed below
         os.replace(directory, old)
     os.replace(temporary, directory)
     shutil.rmtree(old, ignore_errors=True)

@@ -20,8 +20,13 @@ def test_a_folder_is_replaced_as_a_whole_or_stays(tmp_path: Path) -> None:
         (folder / "two").touch()
         raise RuntimeError
     assert [path.name for path in place.iterdir()] == ["one"]
+    backup, killed = place.with_name("model.old"), place.with_name(".model.old")
+    for left in (backup, killed):  # somebody's, and of a process that was killed before it was done
+        left.mkdir()
+        (left / "nought").touch()
     with whole_folder(place) as folder:
         folder.mkdir()
         (folder / "two").touch()
     assert [path.name for path in place.iterdir()] == ["two"]
-    assert [path.name for path in place.parent.iterdir()] == ["model"], "nothing temporary is left"
+    assert {path.name for path in place.parent.iterdir()} == {"model", "model.old"}
+    assert [path.name for path in backup.iterdir()] == ["nought"]

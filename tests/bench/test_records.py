@@ -7,7 +7,8 @@ import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
 
-from langcell.bench.records import LIBRARIES, append_record, commit
+from langcell.bench.options import AnnotateOptions
+from langcell.bench.records import FOLDER, LIBRARIES, append_record, commit, parameters
 
 
 def test_records_are_added_one_a_line(tmp_path: Path) -> None:
@@ -36,3 +37,11 @@ def test_the_commit_is_the_one_checked_out() -> None:
     head = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, check=True)
     assert commit()["commit"] == head.stdout.strip()
     assert isinstance(commit()["dirty"], bool)
+
+
+def test_a_record_names_no_folder_of_this_machine(tmp_path: Path) -> None:
+    inside = FOLDER.parents[1] / "runs" / "demo" / "export"
+    for model, named in ((str(inside), "runs/demo/export"), (str(tmp_path / "mine"), "mine"), (None, None)):
+        found = parameters(AnnotateOptions(cells=7, model=model, dir=str(tmp_path), record=True))
+        assert (found["cells"], found["model"]) == (7, named)
+        assert str(tmp_path) not in str(found)
